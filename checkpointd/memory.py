@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words for memory: pages, ranges, runs and VMAs.  Frozen values, no I/O.
+
+A *page number* is an address (or, in a shared object, an offset) divided by `PAGE_SIZE`.  A *run* is
+`[first, first + nr)` of page numbers; many runs are an (n, 2) uint64 array of (first, nr), sorted, not
+overlapping, not touching.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+TASK_SIZE = 0x7FFF_FFFF_F000  # x86-64, 4-level page tables
+
+PageNumbers = npt.NDArray[np.uint64]
+Runs = npt.NDArray[np.uint64]
+
+NO_PAGES: PageNumbers = np.zeros(0, dtype=np.uint64)
+NO_RUNS: Runs = np.zeros((0, 2), dtype=np.uint64)
+
+PRIVATE_OBJECT = 0
+"""Object id of the address space's own (private) pages; its page numbers are addresses >> 12.
+
+Every other object id (1, 2, ...) is one shared memory object of the image, paged by offset >> 12.
+"""
+
+
+class VmaKind(enum.StrEnum):
+    """What a VMA is, by how it must be saved (kernel-support.md has the table)."""
+
+    ANON = "anon"  # private anonymous, [heap], [stack], brk, /dev/zero private
+    FILE_PRIVATE = "file-private"  # private mapping of a file: only its copied-on-write pages are ours
+    FILE_SHARED = "file-shared"  # shared mapping of a file on disk: the file is the content
+    SHMEM = "shmem"  # shared anonymous, memfd, tmpfs, System V: content saved once per object
+    HUGETLB = "hugetlb"
+    VDSO = "vdso"
+    VVAR = "vvar"
+    VSYSCALL = "vsyscall"
+    DEVICE = "device"  # VM_IO or VM_PFNMAP: cannot be saved
+    SECRETMEM = "secretmem"  # memfd_secret: cannot be read
+
+
+@dataclass(frozen=True, slots=True)
+class Vma:
+    """One line of /proc/PID/smaps.
+
+    Attributes:
+        start, end: bytes, page aligned, half open.
+        prot: PROT_READ|PROT_WRITE|PROT_EXEC as for mmap(2).
+        shared: MAP_SHARED.
+        offset: bytes into the file.
+        dev: (major, minor) of the file's device.
+        path: as the kernel prints it, with escapes undone; "" for anonymous.  " (deleted)" is stripped
+            into `deleted`.
+        flags: the two-letter VmFlags of smaps (proc_pid_smaps(5)); empty when only maps was read.
+    """
+
+    start: int
+    end: int
+    prot: int
+    shared: bool
+    offset: int
+    dev: tuple[int, int]
+    inode: int
+    path: str
+    deleted: bool
+    kind: VmaKind
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def nr_pages(self) -> int:
+        return (self.end - self.start) >> PAGE_SHIFT
+
+    @property
+    def first_page(self) -> int:
+        return self.start >> PAGE_SHIFT
+
+    @property
+    def size_bytes(self) -> int:
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        prot = "".join(c if self.prot & bit else "-" for c, bit in (("r", 1), ("w", 2), ("x", 4)))
+        name = f" {self.path}" if self.path else ""
+        return f"{self.start:x}-{self.end:x} {prot}{'s' if self.shared else 'p'}{name}"
+
+
+def runs_of(pages: PageNumbers) -> Runs:
+    """Sorted page numbers as runs."""
+    if len(pages) == 0:
+        return NO_RUNS
+    breaks = np.flatnonzero(np.diff(pages) != 1) + 1
+    starts = np.concatenate((np.zeros(1, dtype=np.int64), breaks))
+    ends = np.concatenate((breaks, np.array([len(pages)], dtype=np.int64)))
+    out = np.empty((len(starts), 2), dtype=np.uint64)
+    out[:, 0] = pages[starts]
+    out[:, 1] = ends - starts
+    return out
+
+
+def pages_of(runs: Runs) -> PageNumbers:
+    """Runs as sorted page numbers."""
+    if len(runs) == 0:
+        return NO_PAGES
+    counts = runs[:, 1].astype(np.int64)
+    total = int(counts.sum())
+    offsets = np.cumsum(counts) - counts
+    return (
+        np.repeat(runs[:, 0].astype(np.int64) - offsets, counts) + np.arange(total, dtype=np.int64)
+    ).astype(np.uint64)
+
+
+def nr_pages_in(runs: Runs) -> int:
+    """How many pages the runs hold."""
+    return int(runs[:, 1].sum()) if len(runs) else 0
+
+
+def is_member(pages: PageNumbers, among: PageNumbers) -> npt.NDArray[np.bool_]:
+    """For each of `pages`: does sorted `among` hold it?"""
+    if len(among) == 0:
+        return np.zeros(len(pages), dtype=bool)
+    at = np.searchsorted(among, pages)
+    at[at == len(among)] = len(among) - 1
+    found: npt.NDArray[np.bool_] = among[at] == pages
+    return found

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The address space of an image: VMAs and shared memory objects, without page contents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from checkpointd.memory import VmaKind
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """A file on disk that an image refers to instead of holding it.
+
+    Restore refuses when `size`, `mtime_ns` or the build id differ (private mappings of code and data), so
+    that old pages never meet a new library.
+    """
+
+    path: str
+    dev: tuple[int, int]
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+    build_id: str = ""  # hex, ELF files only
+
+
+@dataclass(frozen=True, slots=True)
+class VmaState:
+    """One mapping to be made again at restore.
+
+    Attributes:
+        flags: smaps VmFlags.
+        file: index into `AddressSpace.files` for mappings of files on disk, else None.
+        object: id (>= 1) in `AddressSpace.objects` for shared memory, else None.
+        guards: guard regions (MADV_GUARD_INSTALL, Linux 6.13) as (start, end) addresses.
+    """
+
+    start: int
+    end: int
+    prot: int
+    shared: bool
+    offset: int
+    kind: VmaKind
+    path: str
+    flags: frozenset[str]
+    file: int | None = None
+    object: int | None = None
+    guards: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SharedObject:
+    """Shared memory that lives apart from the address space, saved once however often it is mapped.
+
+    Attributes:
+        id: >= 1; the object number of its pages in the image's index.
+        flavour: "anon" (MAP_SHARED|MAP_ANONYMOUS), "memfd", "sysv", "tmpfs" (a file on a tmpfs, by path).
+        dev, inode: identity at dump time; file descriptors of the same inode refer to the same object.
+        size_bytes: of the whole object.
+        seals: F_SEAL_* of a memfd.
+        key, mode, uid, gid: of a System V segment.
+    """
+
+    id: int
+    flavour: str
+    name: str
+    dev: tuple[int, int]
+    inode: int
+    size_bytes: int
+    seals: int = 0
+    key: int = 0
+    mode: int = 0o600
+    uid: int = 0
+    gid: int = 0
+    deleted: bool = False
+    hugetlb: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AddressSpace:
+    """All of it.  VMAs are sorted by address; the vdso's bytes are kept to compare at restore."""
+
+    vmas: tuple[VmaState, ...]
+    files: tuple[FileIdentity, ...]
+    objects: tuple[SharedObject, ...]
+    vdso: bytes = b""
