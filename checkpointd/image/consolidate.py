@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which old blocks a new image should copy, so that restore time does not grow with the depth of a chain.
+
+A block is read whole though perhaps few of its pages are still live, and each pack is a file to open.  At commit
+two bounds are kept (docs/image-format.md, "Consolidation"):
+
+* pages in the blocks an image refers to <= `max_amplification` x its live pages; when passed, the worst blocks
+  are copied until `settle_amplification` holds, so that the work comes seldom;
+* packs an image refers to <= `max_packs`; when passed, the packs with the fewest live pages are merged into the
+  new one until half as many are left.
+
+Pure: locations in, blocks out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from checkpointd.image.format import LOCATION_SHIFT
+from checkpointd.image.pack import PackReader
+
+U64 = npt.NDArray[np.uint64]
+_SHIFT = np.uint64(LOCATION_SHIFT)
+_ORDINAL = np.uint64((1 << LOCATION_SHIFT) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ConsolidationPolicy:
+    """The bounds; `min_dead_pages` keeps small images from being rewritten for nothing."""
+
+    max_amplification: float = 2.0
+    settle_amplification: float = 1.5
+    max_packs: int = 32
+    min_dead_pages: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Columns over all old blocks with at least one live page."""
+
+    pack: npt.NDArray[np.int64]
+    block: npt.NDArray[np.int64]
+    live: npt.NDArray[np.int64]
+    total: npt.NDArray[np.int64]
+
+
+def blocks_to_copy(
+    locations: U64, packs: list[PackReader], nr_new_pages: int, nr_new_packs: int, policy: ConsolidationPolicy
+) -> npt.NDArray[np.bool_]:
+    """For each of `locations` (live pages in old packs): should its block be copied into the new pack?
+
+    Args:
+        locations: not zero, not missing, all in `packs`.
+        nr_new_pages, nr_new_packs: what the new image writes anyway.
+    """
+    if len(locations) == 0:
+        return np.zeros(0, dtype=bool)
+    owner, blocks = _live_blocks(locations, packs)
+    chosen = np.zeros(len(blocks.block), dtype=bool)
+    live_by_pack = np.bincount(blocks.pack, weights=blocks.live, minlength=len(packs)).astype(np.int64)
+    used = np.flatnonzero(live_by_pack)
+    if len(used) + nr_new_packs > policy.max_packs:
+        by_size = used[np.argsort(live_by_pack[used], kind="stable")]
+        nr_merge = len(used) + nr_new_packs - policy.max_packs // 2
+        chosen |= np.isin(blocks.pack, by_size[:nr_merge])
+    live = nr_new_pages + int(blocks.live.sum())
+    referenced = nr_new_pages + int(np.where(chosen, blocks.live, blocks.total).sum())
+    if referenced > policy.max_amplification * live and referenced - live > policy.min_dead_pages:
+        worst = np.argsort(blocks.live / blocks.total, kind="stable")
+        worst = worst[~chosen[worst]]
+        gain = np.cumsum(blocks.total[worst] - blocks.live[worst])
+        excess = referenced - policy.settle_amplification * live
+        chosen[worst[: int(np.searchsorted(gain, excess)) + 1]] = True
+    copy: npt.NDArray[np.bool_] = chosen[owner]
+    return copy
+
+
+def _live_blocks(locations: U64, packs: list[PackReader]) -> tuple[npt.NDArray[np.int64], _Blocks]:
+    """The blocks that hold `locations`, and for each location the row of its block."""
+    numbers = (locations >> _SHIFT).astype(np.int64)
+    firsts = np.cumsum([0] + [pack.nr_blocks for pack in packs])
+    rows = np.empty(len(locations), dtype=np.int64)
+    for number in np.unique(numbers):
+        at = numbers == number
+        rows[at] = firsts[number] + packs[int(number)].block_of(locations[at] & _ORDINAL)
+    live = np.bincount(rows, minlength=int(firsts[-1]))
+    kept = np.flatnonzero(live)
+    pack = np.searchsorted(firsts, kept, side="right") - 1
+    total = np.concatenate([pack.block_pages for pack in packs])
+    new_row = np.full(len(live), -1, dtype=np.int64)
+    new_row[kept] = np.arange(len(kept))
+    blocks = _Blocks(pack=pack, block=kept - firsts[pack], live=live[kept], total=total[kept])
+    return new_row[rows], blocks

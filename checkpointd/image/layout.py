@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The directory of a store and its store.json: making, reading, whose it is.
+
+Errors: `StoreMissing`, `NotPermitted`, `ImageDamaged`, `UnknownFormat`; OSError passes through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+from typing import Any
+
+from checkpointd.errors import ImageDamaged, NotPermitted, StoreMissing
+from checkpointd.image import files
+from checkpointd.image.format import FORMAT_VERSION, check_version, checksum
+from checkpointd.image.reader import pread_all
+
+CONFIG = "store.json"
+_MAX_CONFIG_BYTES = 4096
+
+
+def make_store(path: str) -> None:
+    """Make what is missing of a store; safe against another process doing the same."""
+    parent = os.path.abspath(os.path.join(path, os.pardir))
+    os.makedirs(parent, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, files.DIR_MODE)  # noqa: PTH102 (the mode is the point)
+        _sync_dir(parent)
+    try:
+        root_fd = files.open_dir(path)
+    except NotADirectoryError as error:
+        raise StoreMissing(f"{path} is not a directory", path=path) from error
+    try:
+        if read_config(path, root_fd) is not None:
+            return
+        ours = {"images", "packs", "tmp", "lock", CONFIG}
+        strange = [
+            name for name in os.listdir(root_fd) if name not in ours and not name.startswith(".store-")
+        ]
+        if strange:
+            raise StoreMissing(
+                f"{path} is not a store: it is not empty and has no {CONFIG}",
+                hint="name a directory that is new or empty",
+                path=path,
+            )
+        check_owner(path, root_fd)
+        for name in ("images", "packs", "tmp"):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, files.DIR_MODE, dir_fd=root_fd)
+        body = {
+            "format_version": FORMAT_VERSION,
+            "id": secrets.token_hex(16),
+            "digest_seed": secrets.token_hex(8),
+        }
+        text = json.dumps({**body, "checksum": _config_checksum(body)}, indent=2) + "\n"
+        temporary = f".store-{secrets.token_hex(8)}"
+        fd = files.create_file(temporary, root_fd)
+        try:
+            files.write_at(fd, text.encode(), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        with contextlib.suppress(FileExistsError):  # another process was first: its store is as good
+            os.link(temporary, CONFIG, src_dir_fd=root_fd, dst_dir_fd=root_fd)
+        os.unlink(temporary, dir_fd=root_fd)
+        os.fsync(root_fd)
+    finally:
+        os.close(root_fd)
+
+
+def read_config(path: str, root_fd: int) -> dict[str, Any] | None:
+    """store.json checked, None when there is none."""
+    where = f"{path}/{CONFIG}"
+    try:
+        fd = files.open_file(CONFIG, root_fd)
+    except FileNotFoundError:
+        return None
+    try:
+        data = pread_all(fd, _MAX_CONFIG_BYTES, where)
+    finally:
+        os.close(fd)
+    try:
+        config = json.loads(data)
+        version = config["format_version"]
+        text = {key: config[key] for key in ("id", "digest_seed", "checksum")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImageDamaged(f"{where}: it is damaged", path=where) from error
+    if type(version) is int:
+        check_version(version, where)
+    body = {"format_version": version, "id": text["id"], "digest_seed": text["digest_seed"]}
+    if _config_checksum(body) != text["checksum"] or set(config) != {*text, "format_version"}:
+        raise ImageDamaged(f"{where}: it is damaged", path=where)
+    return config  # type: ignore[no-any-return]
+
+
+def _config_checksum(body: dict[str, Any]) -> str:
+    return checksum(json.dumps(body, sort_keys=True).encode()).hex()
+
+
+def check_owner(path: str, root_fd: int) -> None:
+    status = os.fstat(root_fd)
+    if status.st_uid != os.geteuid():
+        raise NotPermitted(
+            f"the store {path} belongs to user {status.st_uid}, and this is user {os.geteuid()}",
+            hint="images hold secrets: each user has a store of their own",
+            path=path,
+        )
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        os.fchmod(root_fd, files.DIR_MODE)
+
+
+def _sync_dir(path: str) -> None:
+    fd = files.open_dir(path)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One open image: its meta, state, index and pages.
+
+An `Image` holds its packs open: it stays readable while other images, or it itself, are removed from the store.
+Any number of threads may read at once.  What is read has been compared with the checksum of its block.
+
+Errors: `ImageDamaged` naming the file; `KeyError` for a page the image does not hold.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from checkpointd.errors import ImageDamaged
+from checkpointd.image.digest import Bytes, Digests, digest_pages, zero_digest
+from checkpointd.image.format import (
+    BLOCK_PAGES,
+    LOCATION_SHIFT,
+    MAX_BLOCK_PAGES,
+    MISSING_LOCATION,
+    ZERO_LOCATION,
+)
+from checkpointd.image.imagefile import Head, read_state
+from checkpointd.image.index import NO_INDEX, U64, ObjectIndex, expand
+from checkpointd.image.info import ImageInfo
+from checkpointd.image.pack import PackReader
+from checkpointd.memory import NO_PAGES, PAGE_SIZE, PageNumbers
+
+_SHIFT = np.uint64(LOCATION_SHIFT)
+_ORDINAL = np.uint64((1 << LOCATION_SHIFT) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Extents cut at block borders, in the order they lie on disk: columns of equal length."""
+
+    obj: U64
+    first: U64
+    count: U64
+    pack: U64
+    block: npt.NDArray[np.int64]
+    slot: npt.NDArray[np.int64]
+
+
+class Image:
+    """An image as it was committed.  Made by `Store.load`."""
+
+    def __init__(
+        self,
+        *,
+        info: ImageInfo,
+        head: Head,
+        data: bytes,
+        index: dict[int, ObjectIndex],
+        packs: list[PackReader],
+        seed: int,
+        store_id: str,
+    ) -> None:
+        self.info = info
+        self.meta: dict[str, Any] = head.meta
+        self.store_id = store_id
+        self.packs = packs
+        self.index = index
+        self._path = f"images/{info.id}.img"
+        self._head = head
+        self._state_bytes = read_state(data, head, self._path)
+        self._seed = seed
+        self._zero = zero_digest(seed)
+        self._check_locations()
+
+    @property
+    def id(self) -> str:
+        return self.info.id
+
+    @property
+    def state(self) -> bytes:
+        """The state of the process as the dump gave it; opaque here."""
+        return self._state_bytes
+
+    def objects(self) -> list[int]:
+        """Ids of the objects that have pages, sorted."""
+        return sorted(self.index)
+
+    def pages(self, obj: int) -> PageNumbers:
+        """All pages of an object, zero pages included; none for an unknown object."""
+        return self._of(obj).pages()
+
+    def zero_pages(self, obj: int) -> PageNumbers:
+        """The pages of an object that hold only zeroes (`stream` leaves them out)."""
+        index = self._of(obj)
+        zero = index.locations == np.uint64(ZERO_LOCATION)
+        return expand(index.firsts[zero], index.counts[zero]) if zero.any() else NO_PAGES
+
+    def has(self, obj: int, pages: PageNumbers) -> npt.NDArray[np.bool_]:
+        """For each of `pages`: is it in the image?"""
+        present: npt.NDArray[np.bool_] = self._of(obj).locate(pages) != np.uint64(MISSING_LOCATION)
+        return present
+
+    def digests(self, obj: int, pages: PageNumbers | None = None) -> Digests:
+        """The digests, (n, 2), of an object's pages: all of them, or those asked for.
+
+        Raises:
+            KeyError: a page is not in the image.
+        """
+        index = self._of(obj)
+        locations = index.page_locations() if pages is None else self._locate(obj, pages)
+        return self.digests_at(locations)
+
+    def digests_at(self, locations: U64) -> Digests:
+        """The digests, (n, 2), of what lies at `locations` (none of them missing)."""
+        out = np.empty((len(locations), 2), dtype=np.uint64)
+        zero = locations == np.uint64(ZERO_LOCATION)
+        out[zero] = self._zero
+        if not zero.all():
+            packs = locations >> _SHIFT
+            for number in np.unique(packs[~zero]):
+                at = packs == number
+                at &= ~zero
+                out[at] = self.packs[int(number)].digests[(locations[at] & _ORDINAL).astype(np.int64)]
+        return out
+
+    def read(self, obj: int, pages: PageNumbers, into: Bytes | None = None) -> Bytes:
+        """The contents of `pages` (in any order), one after the other.
+
+        Args:
+            into: len(pages) * 4096 bytes, contiguous, to be filled; made when missing.
+
+        Raises:
+            KeyError: a page is not in the image.
+            ImageDamaged: a block does not have its checksum.
+        """
+        locations = self._locate(obj, pages)
+        if into is None:
+            into = np.empty(len(pages) * PAGE_SIZE, dtype=np.uint8)
+        if into.nbytes != len(pages) * PAGE_SIZE or not into.flags.c_contiguous:
+            raise ValueError("`into` must be contiguous and hold exactly the pages asked for")
+        out = into.reshape(-1, PAGE_SIZE)
+        zero = locations == np.uint64(ZERO_LOCATION)
+        if zero.any():
+            out[zero] = 0
+        wanted = np.flatnonzero(~zero)
+        wanted = wanted[np.argsort(locations[wanted], kind="stable")]
+        packs = (locations[wanted] >> _SHIFT).astype(np.int64)
+        ordinals = locations[wanted] & _ORDINAL
+        for number in np.unique(packs):
+            pack = self.packs[int(number)]
+            of_pack = packs == number
+            self._read_from(pack, ordinals[of_pack], wanted[of_pack], out)
+        return into
+
+    def stream(
+        self, *, threads: int = 2, chunk_pages: int = BLOCK_PAGES, verify_digests: bool = False
+    ) -> Iterator[tuple[int, PageNumbers, Bytes]]:
+        """Every page that is not zero, once, in the order of the disk: (obj, sorted pages, their bytes).
+
+        The bytes are valid until the next item is asked for.  A chunk has at most `chunk_pages` pages, all of
+        one object.  `threads` read and decompress ahead.
+
+        Raises:
+            ImageDamaged: a block does not have its checksum, or with `verify_digests` a page its digest.
+        """
+        pieces = self._pieces()
+        if len(pieces.obj) == 0:
+            return
+        changes = (np.diff(pieces.pack) != 0) | (np.diff(pieces.block) != 0)
+        starts = np.concatenate((np.zeros(1, dtype=np.int64), np.flatnonzero(changes) + 1))
+        ends = np.append(starts[1:], len(pieces.obj))
+        depth = 2 * threads
+        buffers: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
+        for _ in range(depth + 1):
+            buffers.put(np.empty((MAX_BLOCK_PAGES, PAGE_SIZE), dtype=np.uint8))
+
+        def fetch(lo: int, hi: int) -> tuple[Bytes, list[tuple[int, PageNumbers, Bytes]]]:
+            buffer = buffers.get()
+            return buffer, self._cut(pieces, lo, hi, buffer, verify_digests)
+
+        pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="image-read")
+        try:
+            pending: list[Future[tuple[Bytes, list[tuple[int, PageNumbers, Bytes]]]]] = []
+            spans = iter(zip(starts.tolist(), ends.tolist(), strict=True))
+            for lo, hi in spans:
+                pending.append(pool.submit(fetch, lo, hi))
+                if len(pending) >= depth:
+                    break
+            while pending:
+                buffer, parts = pending.pop(0).result()
+                for obj, pages, data in parts:
+                    for at in range(0, len(pages), chunk_pages):
+                        yield (
+                            obj,
+                            pages[at : at + chunk_pages],
+                            data[at * PAGE_SIZE : (at + chunk_pages) * PAGE_SIZE],
+                        )
+                buffers.put(buffer)
+                span = next(spans, None)
+                if span is not None:
+                    pending.append(pool.submit(fetch, *span))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _cut(
+        self, pieces: _Pieces, lo: int, hi: int, buffer: Bytes, verify_digests: bool
+    ) -> list[tuple[int, PageNumbers, Bytes]]:
+        """The live pages of one block, by object."""
+        pack = self.packs[int(pieces.pack[lo])]
+        block = int(pieces.block[lo])
+        data = pack.read_block(block, buffer)
+        parts: list[tuple[int, PageNumbers, Bytes]] = []
+        for obj in np.unique(pieces.obj[lo:hi]):
+            mine = lo + np.flatnonzero(pieces.obj[lo:hi] == obj)
+            pages = expand(pieces.first[mine], pieces.count[mine])
+            slots = expand(pieces.slot[mine].astype(np.uint64), pieces.count[mine]).astype(np.int64)
+            if len(pages) > 1 and not bool((pages[1:] > pages[:-1]).all()):
+                order = np.argsort(pages, kind="stable")
+                pages, slots = pages[order], slots[order]
+            if int(slots[-1]) - int(slots[0]) == len(slots) - 1 and bool((np.diff(slots) == 1).all()):
+                content = data[int(slots[0]) : int(slots[-1]) + 1]
+            else:
+                content = data[slots]
+            content = content.reshape(-1)
+            if verify_digests:
+                ordinals = slots + pack.block_firsts[block]
+                if not np.array_equal(digest_pages(content, self._seed), pack.digests[ordinals]):
+                    raise ImageDamaged(
+                        f"{pack.path}: a page of block {block} does not have its digest", path=pack.path
+                    )
+            parts.append((int(obj), pages, content))
+        return parts
+
+    def _pieces(self) -> _Pieces:
+        """All extents that are not zero, sorted by location and cut at block borders."""
+        objs = np.concatenate(
+            [np.full(len(i.firsts), o, dtype=np.uint64) for o, i in self.index.items()] or [NO_PAGES]
+        )
+        firsts = np.concatenate([i.firsts for i in self.index.values()] or [NO_PAGES])
+        counts = np.concatenate([i.counts for i in self.index.values()] or [NO_PAGES])
+        locations = np.concatenate([i.locations for i in self.index.values()] or [NO_PAGES])
+        order = np.argsort(locations, kind="stable")
+        order = order[locations[order] != np.uint64(ZERO_LOCATION)]
+        objs, firsts, counts, locations = objs[order], firsts[order], counts[order], locations[order]
+        numbers = locations >> _SHIFT
+        columns: list[list[npt.NDArray[Any]]] = [[], [], [], [], [], []]
+        for number in np.unique(numbers):
+            pack = self.packs[int(number)]
+            at = numbers == number
+            start = (locations[at] & _ORDINAL).astype(np.int64)
+            count = counts[at].astype(np.int64)
+            first_block = pack.block_of(start.astype(np.uint64))
+            nr_cuts = pack.block_of((start + count - 1).astype(np.uint64)) - first_block + 1
+            of = np.repeat(np.arange(len(start)), nr_cuts)
+            blocks = expand(first_block.astype(np.uint64), nr_cuts.astype(np.uint64)).astype(np.int64)
+            lo = np.maximum(start[of], pack.block_firsts[blocks])
+            hi = np.minimum((start + count)[of], pack.block_firsts[blocks] + pack.block_pages[blocks])
+            columns[0].append(objs[at][of])
+            columns[1].append(firsts[at][of] + (lo - start[of]).astype(np.uint64))
+            columns[2].append((hi - lo).astype(np.uint64))
+            columns[3].append(np.full(len(of), number, dtype=np.uint64))
+            columns[4].append(blocks)
+            columns[5].append(lo - pack.block_firsts[blocks])
+        if not columns[0]:
+            none = np.zeros(0, dtype=np.int64)
+            return _Pieces(NO_PAGES, NO_PAGES, NO_PAGES, NO_PAGES, none, none)
+        return _Pieces(*(np.concatenate(column) for column in columns))
+
+    def _read_from(
+        self, pack: PackReader, ordinals: U64, destinations: npt.NDArray[np.intp], out: Bytes
+    ) -> None:
+        """Copy the pages with these sorted ordinals of one pack to rows of `out`."""
+        blocks = pack.block_of(ordinals)
+        changes = np.flatnonzero(np.diff(blocks)) + 1
+        scratch: Bytes | None = None
+        for lo, hi in zip(
+            np.append(0, changes).tolist(), np.append(changes, len(blocks)).tolist(), strict=True
+        ):
+            block = int(blocks[lo])
+            slots = ordinals[lo:hi].astype(np.int64) - int(pack.block_firsts[block])
+            rows = destinations[lo:hi]
+            nr_pages = int(pack.block_pages[block])
+            if (
+                hi - lo == nr_pages
+                and int(rows[-1]) - int(rows[0]) == nr_pages - 1
+                and bool((np.diff(rows) == 1).all())
+                and bool((np.diff(slots) == 1).all())
+            ):
+                room = out[int(rows[0]) : int(rows[0]) + nr_pages]
+                data = pack.read_block(block, room)
+                if not np.shares_memory(data, room):
+                    room[:] = data
+                continue
+            if scratch is None:
+                scratch = np.empty((MAX_BLOCK_PAGES, PAGE_SIZE), dtype=np.uint8)
+            out[rows] = pack.read_block(block, scratch)[slots]
+
+    def _locate(self, obj: int, pages: PageNumbers) -> U64:
+        locations = self._of(obj).locate(pages)
+        missing = locations == np.uint64(MISSING_LOCATION)
+        if missing.any():
+            raise KeyError(
+                f"image {self.info.id[:12]} has no page {int(pages[missing][0]):#x} of object {obj}"
+            )
+        return locations
+
+    def _of(self, obj: int) -> ObjectIndex:
+        return self.index.get(obj, NO_INDEX)
+
+    def _check_locations(self) -> None:
+        """Every extent must lie within one of the packs."""
+        sizes = np.array([pack.nr_pages for pack in self.packs], dtype=np.uint64)
+        for index in self.index.values():
+            real = index.locations != np.uint64(ZERO_LOCATION)
+            numbers = index.locations[real] >> _SHIFT
+            if not len(numbers):
+                continue
+            if int(numbers.max()) >= len(sizes) or bool(
+                (
+                    (index.locations[real] & _ORDINAL) + index.counts[real] > sizes[numbers.astype(np.int64)]
+                ).any()
+            ):
+                raise ImageDamaged(f"{self._path}: the index points outside of its packs", path=self._path)
+
+
+def pread_all(fd: int, limit_bytes: int, path: str) -> bytes:
+    """A whole file, when it is not longer than `limit_bytes`.
+
+    Raises:
+        ImageDamaged: it is longer.
+    """
+    size_bytes = os.fstat(fd).st_size
+    if size_bytes > limit_bytes:
+        raise ImageDamaged(f"{path}: {size_bytes} bytes is more than an image can have", path=path)
+    parts = []
+    at = 0
+    while chunk := os.pread(fd, 8 << 20, at):
+        parts.append(chunk)
+        at += len(chunk)
+        if at > size_bytes:
+            break
+    return b"".join(parts)
