@@ -151,8 +151,11 @@ def digest(kernel: Kernel, version: str) -> str:
     state = hashlib.sha256()
     for part in (kernel.base, version, compiler.stdout):
         state.update(part.encode() + b"\0")
-    for path in (*kernel.patches, *kernel.fragments):
-        state.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in kernel.patches:
+        # the commit message is no input of the compiler
+        state.update(path.read_bytes().partition(b"\ndiff --git ")[2] + b"\0")
+    for path in kernel.fragments:
+        state.update(path.read_bytes() + b"\0")
     return state.hexdigest()[:20]
 
 

@@ -81,8 +81,9 @@ def _qemu_arguments(
 ) -> list[str]:
     cmdline = ["console=ttyS0", "loglevel=4", "root=rootfs", "rootfstype=9p", "ro",
                "rootflags=trans=virtio,version=9p2000.L,cache=loose,msize=512000",
-               "panic=-1", "oops=panic", f"init={HERE / 'guest-init.sh'}", f"VMTEST_DIR={run_dir}"]  # fmt: skip
-    tmp = Path("/tmp")  # noqa: S108 - where the guest mounts a tmpfs
+               "panic=-1", "oops=panic",
+               f"init={HERE / 'guest-init.sh'}", f"VMTEST_DIR={run_dir}"]  # fmt: skip
+    tmp = Path("/tmp")  # noqa: S108 - of the guest
     if tmp in Path.cwd().parents or tmp in CHECKOUT.parents:
         cmdline.append("VMTEST_KEEP_TMP=1")
     arguments = [
