@@ -129,3 +129,58 @@ def is_member(pages: PageNumbers, among: PageNumbers) -> npt.NDArray[np.bool_]:
     at[at == len(among)] = len(among) - 1
     found: npt.NDArray[np.bool_] = among[at] == pages
     return found
+
+
+def merge_runs(runs: Runs) -> Runs:
+    """Any (first, nr) rows as runs: sorted, overlaps and touching neighbours joined."""
+    if len(runs) < 2:
+        return runs
+    ordered = runs[np.argsort(runs[:, 0], kind="stable")]
+    ends = np.maximum.accumulate(ordered[:, 0] + ordered[:, 1])
+    starts_new = np.concatenate((np.array([True]), ordered[1:, 0] > ends[:-1]))
+    first = np.flatnonzero(starts_new)
+    last = np.concatenate((first[1:] - 1, np.array([len(ordered) - 1])))
+    out = np.empty((len(first), 2), dtype=np.uint64)
+    out[:, 0] = ordered[first, 0]
+    out[:, 1] = ends[last] - out[:, 0]
+    return out
+
+
+def _covered(points: PageNumbers, runs: Runs) -> npt.NDArray[np.bool_]:
+    """For each page number: does any of `runs` hold it?"""
+    if len(runs) == 0:
+        return np.zeros(len(points), dtype=bool)
+    at = np.searchsorted(runs[:, 0], points, side="right").astype(np.int64) - 1
+    inside: npt.NDArray[np.bool_] = points < runs[at, 0] + runs[at, 1]
+    return inside & (at >= 0)
+
+
+def _select(a: Runs, b: Runs, keep_in_b: bool) -> Runs:
+    """The pages of `a` that are (or are not) in `b`."""
+    if len(a) == 0 or len(b) == 0:
+        return NO_RUNS if keep_in_b or len(a) == 0 else a
+    # runs of `a` that no edge of `b` cuts are kept or dropped whole; only the others are split
+    starts, ends = a[:, 0], a[:, 0] + a[:, 1]
+    edges = np.unique(np.concatenate((b[:, 0], b[:, 0] + b[:, 1])))
+    cut = np.searchsorted(edges, ends, side="left") > np.searchsorted(edges, starts, side="right")
+    whole = a[~cut]
+    kept = whole[_covered(whole[:, 0], b) == keep_in_b]
+    if not cut.any():
+        return kept
+    parts = a[cut]
+    inner = edges[_covered(edges, parts)]
+    points = np.unique(np.concatenate((parts[:, 0], parts[:, 0] + parts[:, 1], inner)))
+    pieces = np.stack((points[:-1], points[1:] - points[:-1]), axis=1)
+    pieces = pieces[_covered(pieces[:, 0], parts)]
+    pieces = pieces[_covered(pieces[:, 0], b) == keep_in_b]
+    return merge_runs(np.concatenate((kept, pieces)))
+
+
+def intersect_runs(a: Runs, b: Runs) -> Runs:
+    """The pages in both."""
+    return _select(a, b, True)
+
+
+def subtract_runs(a: Runs, b: Runs) -> Runs:
+    """The pages of `a` that are not in `b`."""
+    return _select(a, b, False)

@@ -5,8 +5,8 @@ Two providers exist: the kill-safe injection into a live target (`target/inject.
 being restored (`restore/stub.py`).  Code that saves or brings back one kind of state is written against
 `Remote` alone.
 
-Arguments of a call are ints (negative ones are taken as two's complement), or `Result(i)`: the result of entry
-`i` of the same batch; it may stand only as the first argument (the runner's bit 30).  Pointers are addresses in
+Arguments of a call are ints (negative ones as two's complement), or `Result(i)`: the result of entry
+`i` of the same batch, only as the first argument (the runner's bit 30).  Pointers are addresses in
 the remote's scratch memory: `put` copies bytes there and returns their address, `alloc` reserves zeroed room,
 `read` reads any memory of the process.  Scratch lives until the next `reset`.
 """

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""userfaultfd(2) ioctls on a descriptor that may belong to another process's address space.
+
+Raises OSError only.  UFFDIO_REGISTER: EBUSY (the range belongs to another userfaultfd), EINVAL (a kind of VMA
+that cannot be registered), EPERM (shared mapping of a file opened read-only), ENOMEM (the address space is
+gone).
+
+Source: userfaultfd(2), ioctl_userfaultfd(2), Linux include/uapi/linux/userfaultfd.h.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import struct
+
+NR_USERFAULTFD = 323
+UFFD_USER_MODE_ONLY = 1
+
+_UFFDIO_API = 0xC018_AA3F  # struct uffdio_api {u64 api, features, ioctls}
+_UFFDIO_REGISTER = 0xC020_AA00  # struct uffdio_register {u64 start, len, mode, ioctls}
+_UFFDIO_UNREGISTER = 0x8010_AA01  # struct uffdio_range {u64 start, len}
+_UFFD_API = 0xAA
+_MODE_WP = 2
+
+FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
+FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
+FEATURE_WP_UNPOPULATED = 1 << 13
+FEATURE_WP_ASYNC = 1 << 15
+
+
+def handshake(fd: int, features: int) -> int:
+    """UFFDIO_API: ask for `features`; what the kernel offers.
+
+    Raises:
+        OSError: EINVAL when a feature is unknown to the kernel (the descriptor is then of no more use).
+    """
+    arg = bytearray(struct.pack("=3Q", _UFFD_API, features, 0))
+    fcntl.ioctl(fd, _UFFDIO_API, arg)
+    offered: int = struct.unpack("=3Q", arg)[1]
+    return offered
+
+
+def register_wp(fd: int, start: int, end: int) -> None:
+    """Register [start, end) in write-protect mode; nothing is protected by this."""
+    fcntl.ioctl(fd, _UFFDIO_REGISTER, bytearray(struct.pack("=4Q", start, end - start, _MODE_WP, 0)))
+
+
+def unregister(fd: int, start: int, end: int) -> None:
+    """Undo `register_wp`; protection is lifted."""
+    fcntl.ioctl(fd, _UFFDIO_UNREGISTER, bytearray(struct.pack("=2Q", start, end - start)))

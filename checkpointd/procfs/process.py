@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small files of /proc/PID: stat, status, task, comm, cmdline.
+
+Functions raise OSError (ENOENT or ESRCH when the process is gone).
+
+Source: proc_pid_stat(5), proc_pid_status(5).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """Tells a process from any other that ever had its pid.
+
+    `start_time` is in clock ticks since boot (field 22 of stat), `boot_id` the random id of this boot.
+    """
+
+    pid: int
+    start_time: int
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """The fields of /proc/PID/stat we use, by their names in proc_pid_stat(5)."""
+
+    comm: str
+    state: str
+    ppid: int
+    pgrp: int
+    session: int
+    flags: int
+    num_threads: int
+    starttime: int
+    fields: tuple[str, ...]  # all from field 3 (state) on, fields[n] is field n + 3
+
+
+PF_KTHREAD = 0x0020_0000
+
+
+def parse_stat(text: bytes) -> Stat:
+    """The comm may hold spaces and parentheses: it ends at the last ')'."""
+    open_at, close_at = text.index(b"("), text.rindex(b")")
+    rest = text[close_at + 2 :].decode("ascii").split()
+    return Stat(
+        comm=text[open_at + 1 : close_at].decode("utf-8", "surrogateescape"),
+        state=rest[0],
+        ppid=int(rest[1]),
+        pgrp=int(rest[2]),
+        session=int(rest[3]),
+        flags=int(rest[6]),
+        num_threads=int(rest[17]),
+        starttime=int(rest[19]),
+        fields=tuple(rest),
+    )
+
+
+def read_stat(pid: int, tid: int | None = None) -> Stat:
+    where = f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat"
+    return parse_stat(Path(where).read_bytes())
+
+
+def parse_status(text: bytes) -> dict[str, str]:
+    """Name to value, as printed."""
+    lines = (line.partition(b":") for line in text.splitlines())
+    return {
+        key.decode("ascii"): value.strip().decode("utf-8", "surrogateescape")
+        for key, sep, value in lines
+        if sep
+    }
+
+
+def read_status(pid: int, tid: int | None = None) -> dict[str, str]:
+    where = f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status"
+    return parse_status(Path(where).read_bytes())
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def identity(pid: int) -> ProcessIdentity:
+    return ProcessIdentity(pid, read_stat(pid).starttime, boot_id())
+
+
+def thread_ids(pid: int) -> list[int]:
+    return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+
+
+def comm(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n").decode("utf-8", "surrogateescape")
+
+
+def cmdline(pid: int) -> list[str]:
+    raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return [part.decode("utf-8", "surrogateescape") for part in raw.rstrip(b"\0").split(b"\0")] if raw else []

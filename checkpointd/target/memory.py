@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State out: the address space of a frozen target, without page contents.
+
+Shared memory is found once per object, by (device, inode), whether it is mapped or only held open; its content
+is read through a descriptor of ours (`SharedSource.open`), never through the target.
+
+Source: proc_pid_map_files(5), proc_pid_fd(5), /proc/sysvipc/shm in proc(5).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from checkpointd.memory import PAGE_SHIFT, Runs, Vma, VmaKind
+from checkpointd.procfs import maps
+from checkpointd.state.memory import AddressSpace, FileIdentity, SharedObject, VmaState
+
+F_GET_SEALS = 1034
+_MEMFD_LINK = re.compile(r"^/memfd:(.*?)(?: \(deleted\))?$")
+
+ObjectKey = tuple[tuple[int, int], int]
+"""((major, minor), inode)"""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSource:
+    """Where the content of a shared object can be read while the target is frozen."""
+
+    object: SharedObject
+    path: str  # under /proc/PID: opens the object itself
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedSpace:
+    """The address space, and what the dump needs besides."""
+
+    space: AddressSpace
+    sources: tuple[SharedSource, ...]
+    object_ids: dict[ObjectKey, int]
+    read_whole: tuple[Vma, ...]
+    """Private mappings of deleted files: every page is saved and they come back as anonymous memory."""
+
+
+def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs) -> CapturedSpace:
+    """The frozen target's mappings.
+
+    Raises:
+        OSError: a mapping's file cannot be looked at (needs CAP_CHECKPOINT_RESTORE for deleted ones).
+    """
+    objects = _Objects(pid)
+    files: list[FileIdentity] = []
+    file_index: dict[tuple[str, int], int] = {}
+    states: list[VmaState] = []
+    whole: list[Vma] = []
+    for vma in vmas:
+        if vma.kind is VmaKind.VSYSCALL:
+            continue
+        kind, file, obj = vma.kind, None, None
+        if kind is VmaKind.SHMEM or (kind is VmaKind.HUGETLB and vma.shared):
+            obj = objects.of_vma(vma)
+        elif kind is VmaKind.FILE_SHARED and _on_tmpfs(pid, vma):
+            kind, obj = VmaKind.SHMEM, objects.of_vma(vma)
+        elif kind is VmaKind.FILE_PRIVATE and vma.path.startswith("/memfd:"):
+            obj = objects.of_vma(vma)
+        elif kind is VmaKind.FILE_PRIVATE and vma.deleted:
+            kind = VmaKind.ANON
+            whole.append(vma)
+        elif kind in (VmaKind.FILE_PRIVATE, VmaKind.FILE_SHARED):
+            key = (vma.path, vma.inode)
+            if key not in file_index:
+                file_index[key] = len(files)
+                files.append(_identity(pid, vma))
+            file = file_index[key]
+        states.append(
+            VmaState(
+                start=vma.start,
+                end=vma.end,
+                prot=vma.prot,
+                shared=vma.shared,
+                offset=vma.offset,
+                kind=kind,
+                path=vma.path,
+                flags=vma.flags,
+                file=file,
+                object=obj,
+                guards=_guards_in(vma, guards),
+            )
+        )
+    objects.add_open_memfds()
+    space = AddressSpace(
+        tuple(states), tuple(files), tuple(source.object for source in objects.sources), own_vdso()
+    )
+    return CapturedSpace(space, tuple(objects.sources), objects.ids, tuple(whole))
+
+
+def own_vdso() -> bytes:
+    """The vdso's bytes as this kernel maps them.
+
+    Ours, not the target's: the target's copy may hold traces of an injection that died.
+    """
+    for vma in maps.read_maps(os.getpid()):
+        if vma.kind is VmaKind.VDSO:
+            with open("/proc/self/mem", "rb", buffering=0) as memory:
+                return os.pread(memory.fileno(), vma.size_bytes, vma.start)
+    return b""
+
+
+def _guards_in(vma: Vma, guards: Runs) -> tuple[tuple[int, int], ...]:
+    if len(guards) == 0:
+        return ()
+    starts = (guards[:, 0] << PAGE_SHIFT).tolist()
+    ends = ((guards[:, 0] + guards[:, 1]) << PAGE_SHIFT).tolist()
+    return tuple(
+        (max(start, vma.start), min(end, vma.end))
+        for start, end in zip(starts, ends, strict=True)
+        if start < vma.end and end > vma.start
+    )
+
+
+def _identity(pid: int, vma: Vma) -> FileIdentity:
+    try:
+        found = os.stat(f"/proc/{pid}/root{vma.path}")
+        if found.st_ino != vma.inode:
+            found = os.stat(_map_files(pid, vma))
+    except FileNotFoundError:
+        found = os.stat(_map_files(pid, vma))
+    return FileIdentity(
+        vma.path,
+        (os.major(found.st_dev), os.minor(found.st_dev)),
+        found.st_ino,
+        found.st_size,
+        found.st_mtime_ns,
+    )
+
+
+def _map_files(pid: int, vma: Vma) -> str:
+    return f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
+
+
+def _on_tmpfs(pid: int, vma: Vma) -> bool:
+    if vma.dev[0] != 0:  # every tmpfs has an anonymous device, major 0
+        return False
+    fs_types = _tmpfs_devices(pid)
+    return vma.dev in fs_types
+
+
+def _tmpfs_devices(pid: int) -> frozenset[tuple[int, int]]:
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        found = set()
+        for line in file:
+            left, _, right = line.partition(" - ")
+            if right.split(" ", 1)[0] in ("tmpfs", "devtmpfs"):
+                major, _, minor = left.split()[2].partition(":")
+                found.add((int(major), int(minor)))
+    return frozenset(found)
+
+
+class _Objects:
+    """Collects shared objects, one per (device, inode)."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._sysv: dict[int, tuple[int, int, int, int]] | None = None
+        self.ids: dict[ObjectKey, int] = {}
+        self.sources: list[SharedSource] = []
+
+    def of_vma(self, vma: Vma) -> int:
+        key = (vma.dev, vma.inode)
+        if key in self.ids:
+            return self.ids[key]
+        flavour, name = "tmpfs", vma.path
+        if vma.path.startswith("/memfd:"):
+            flavour, name = "memfd", vma.path.removeprefix("/memfd:")
+        elif vma.path.startswith("/SYSV"):
+            flavour = "sysv"
+        elif vma.path.startswith(("/dev/zero", "[anon_shmem")) or not vma.path:
+            flavour, name = "anon", ""
+        return self._add(
+            key,
+            flavour,
+            name,
+            _map_files(self._pid, vma),
+            deleted=vma.deleted,
+            hugetlb=vma.kind is VmaKind.HUGETLB,
+        )
+
+    def add_open_memfds(self) -> None:
+        """Memfds that are held by a descriptor and mapped nowhere."""
+        base = f"/proc/{self._pid}/fd"
+        for name in os.listdir(base):
+            path = f"{base}/{name}"
+            match = _MEMFD_LINK.match(os.readlink(path))
+            if not match:
+                continue
+            found = os.stat(path)
+            key = ((os.major(found.st_dev), os.minor(found.st_dev)), found.st_ino)
+            if key not in self.ids:
+                self._add(key, "memfd", match[1], path, deleted=True, hugetlb=False)
+
+    def _add(
+        self, key: ObjectKey, flavour: str, name: str, path: str, *, deleted: bool, hugetlb: bool
+    ) -> int:
+        number = len(self.ids) + 1
+        self.ids[key] = number
+        size_bytes, seals = 0, 0
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size_bytes = os.fstat(fd).st_size
+            if flavour == "memfd":
+                seals = fcntl.fcntl(fd, F_GET_SEALS)
+        finally:
+            os.close(fd)
+        sysv = self._sysv_segment(key[1]) if flavour == "sysv" else (0, 0o600, 0, 0)
+        self.sources.append(
+            SharedSource(
+                SharedObject(
+                    id=number,
+                    flavour=flavour,
+                    name=name,
+                    dev=key[0],
+                    inode=key[1],
+                    size_bytes=size_bytes,
+                    seals=seals,
+                    key=sysv[0],
+                    mode=sysv[1],
+                    uid=sysv[2],
+                    gid=sysv[3],
+                    deleted=deleted,
+                    hugetlb=hugetlb,
+                ),
+                path,
+            )
+        )
+        return number
+
+    def _sysv_segment(self, shmid: int) -> tuple[int, int, int, int]:
+        """(key, mode, uid, gid) by /proc/sysvipc/shm; the inode of a segment is its shmid."""
+        if self._sysv is None:
+            self._sysv = {}
+            with open("/proc/sysvipc/shm", encoding="ascii") as file:
+                for line in file.readlines()[1:]:
+                    field = line.split()
+                    self._sysv[int(field[1])] = (
+                        int(field[0]),
+                        int(field[2], 8),
+                        int(field[7]),
+                        int(field[8]),
+                    )
+        return self._sysv.get(shmid, (0, 0o600, 0, 0))
+
+
+def data_extents(fd: int, size_bytes: int) -> Runs:
+    """Page runs of a shared object that hold data (SEEK_DATA/SEEK_HOLE; lseek(2))."""
+    import numpy as np  # noqa: PLC0415 - only dumps with shared memory need it here
+
+    found, at = [], 0
+    while at < size_bytes:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: no data behind `at`
+            break
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        first, last = start >> PAGE_SHIFT, (end + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT
+        found.append((first, last - first))
+        at = end
+    return np.array(found, dtype=np.uint64).reshape(-1, 2)

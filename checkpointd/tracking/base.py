@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of every dirty tracker.
+
+A tracker says, for a frozen target, which private pages *hold data* now and which of those are *clean*:
+unchanged since the last committed collection.  It may call a clean page dirty; it must never call a dirty page
+clean, nor claim data where there is none (a page that vanished must not come back from the parent).
+
+Life of one dump, all on the thread that holds the freeze::
+
+    collect(space)   while frozen: read presence and dirt, then start the next epoch
+    commit()         the image is durable: what collect() reported is no longer pending
+    rollback()       the dump failed: the next collect() reports all of it again
+
+`attach(frozen)` arms the first epoch; nothing is clean before the first commit.  `disarm()` gives the target
+back as it was found.  When the target replaced its address space, `collect` raises `TrackingLost` and the caller
+falls back to content (D4).
+
+Shared memory, hugetlb and anything not private is no tracker's business: no tracker of one address space sees
+every writer.  It is compared by digest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from checkpointd.memory import NO_RUNS, Runs, Vma
+
+
+class TrackingLostError(Exception):
+    """What was armed is gone (exec, a foreign clear_refs, a closed userfaultfd): trust nothing since then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """What a tracker found.  Runs of page numbers of the private object, sorted, disjoint.
+
+    Attributes:
+        clean: pages that hold data and did not change since the last committed collection.
+        dirty: all other pages that hold data.
+        guards: pages of guard regions (MADV_GUARD_INSTALL); they hold nothing.
+        nr_reported: pages the kernel's tracker itself called dirty (for `measure`; equals dirty where it
+            cannot be told apart).
+        forced: pages in `dirty` only because their kind cannot be tracked (pinned, foreign uffd, KSM, ...).
+    """
+
+    clean: Runs = field(default_factory=lambda: NO_RUNS)
+    dirty: Runs = field(default_factory=lambda: NO_RUNS)
+    guards: Runs = field(default_factory=lambda: NO_RUNS)
+    nr_reported: int = 0
+    forced: Runs = field(default_factory=lambda: NO_RUNS)
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """A frozen address space as trackers see it.
+
+    Attributes:
+        pagemap: descriptor of /proc/PID/pagemap, opened after the freeze.
+        vmas: all VMAs with flags.
+        always_dirty: page runs that must be read whatever the tracker says (pinned for I/O).
+    """
+
+    pid: int
+    pagemap: int
+    vmas: tuple[Vma, ...]
+    always_dirty: Runs = field(default_factory=lambda: NO_RUNS)
+
+
+class Tracker(Protocol):
+    name: str
+    precision: str
+    """One line for people: what it over-reports."""
+    cost: str
+    """One line for people: what it costs the target."""
+
+    def collect(self, space: Space) -> Collection:
+        """See the module's text.
+
+        Raises:
+            TrackingLostError: nothing can be called clean; the next epoch is armed all the same if possible.
+        """
+
+    def commit(self) -> None: ...
+    def rollback(self) -> None: ...
+    def disarm(self) -> None: ...

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which private pages of a frozen address space hold data, by the rule of docs/kernel-support.md.
+
+* anonymous VMA: the page is present and not the shared zero page, or really swapped out;
+* file-private VMA: the page is anonymous (copied on write) or swapped out; all else is the file's;
+* hugetlb private VMA: the page is present;
+* pte markers (uffd-wp, guard) look SWAPPED and hold nothing.
+
+A page that holds no data is not in the image: restore gives zeroes, or the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from checkpointd.linux import pagemap_scan as ps
+from checkpointd.memory import PAGE_SHIFT, TASK_SIZE, Runs, Vma, VmaKind, merge_runs
+
+BoolArray = npt.NDArray[np.bool_]
+
+_RETURNED = (
+    ps.PAGE_IS_WPALLOWED
+    | ps.PAGE_IS_WRITTEN
+    | ps.PAGE_IS_FILE
+    | ps.PAGE_IS_PRESENT
+    | ps.PAGE_IS_SWAPPED
+    | ps.PAGE_IS_PFNZERO
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PresentRegions:
+    """Regions of pages that hold data (or are guards), each inside one VMA.
+
+    Attributes:
+        runs: (n, 2) first page and count.
+        categories: (n,) PAGE_IS_* bits.
+        vma: (n,) index into the VMAs given.
+        guards: runs of guard pages.
+    """
+
+    runs: Runs
+    categories: npt.NDArray[np.uint64]
+    vma: npt.NDArray[np.int64]
+    guards: Runs
+
+
+def private_data(vma: Vma) -> bool:
+    """May this VMA hold pages of its own?"""
+    return vma.kind in (VmaKind.ANON, VmaKind.FILE_PRIVATE) or (
+        vma.kind is VmaKind.HUGETLB and not vma.shared
+    )
+
+
+def scan_presence(pagemap: int, vmas: Sequence[Vma], *, has_guard_category: bool) -> PresentRegions:
+    """One PAGEMAP_SCAN over the whole address space, cut at VMA borders and filtered by the rule above.
+
+    Raises:
+        OSError: ENOTTY without PAGEMAP_SCAN; ESRCH when the address space is gone.
+    """
+    returned = _RETURNED | (ps.PAGE_IS_GUARD if has_guard_category else 0)
+    regions = ps.scan(pagemap, 0, TASK_SIZE, anyof=ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED, returned=returned)
+    regions, vma_at = _cut(regions, vmas)
+    categories = regions[:, 2]
+    present = (categories & np.uint64(ps.PAGE_IS_PRESENT)) != 0
+    swapped = ((categories & np.uint64(ps.PAGE_IS_SWAPPED)) != 0) & ~present
+    guard = (categories & np.uint64(ps.PAGE_IS_GUARD)) != 0
+    runs = np.stack(
+        (regions[:, 0] >> np.uint64(PAGE_SHIFT), (regions[:, 1] - regions[:, 0]) >> np.uint64(PAGE_SHIFT)),
+        axis=1,
+    )
+
+    own = np.array([private_data(vma) for vma in vmas] or [False], dtype=bool)[vma_at]
+    huge = np.array([vma.kind is VmaKind.HUGETLB for vma in vmas] or [False], dtype=bool)[vma_at]
+    zero_or_file = (categories & np.uint64(ps.PAGE_IS_PFNZERO | ps.PAGE_IS_FILE)) != 0
+    holds = own & present & (huge | ~zero_or_file)
+    maybe = np.flatnonzero(own & swapped & ~huge & ~guard)
+    if len(maybe) == 0:
+        keep = np.flatnonzero(holds)
+        return PresentRegions(runs[keep], categories[keep], vma_at[keep], merge_runs(runs[guard & own]))
+
+    # SWAPPED is either data or a marker: only the pagemap words tell
+    extra_runs, extra_cats, extra_vma = [], [], []
+    for n in maybe.tolist():
+        first, nr = int(runs[n, 0]), int(runs[n, 1])
+        real = ps.swapped_data(pagemap, first, nr)
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], real, [False])).astype(np.int8)))
+        for start, end in edges.reshape(-1, 2).tolist():
+            extra_runs.append((first + start, end - start))
+            extra_cats.append(categories[n])
+            extra_vma.append(vma_at[n])
+    keep = np.flatnonzero(holds)
+    if not extra_runs:
+        return PresentRegions(runs[keep], categories[keep], vma_at[keep], merge_runs(runs[guard & own]))
+    all_runs = np.concatenate((runs[keep], np.array(extra_runs, dtype=np.uint64)))
+    order = np.argsort(all_runs[:, 0], kind="stable")
+    return PresentRegions(
+        all_runs[order],
+        np.concatenate((categories[keep], np.array(extra_cats, dtype=np.uint64)))[order],
+        np.concatenate((vma_at[keep], np.array(extra_vma, dtype=np.int64)))[order],
+        merge_runs(runs[guard & own]),
+    )
+
+
+def _cut(regions: ps.Regions, vmas: Sequence[Vma]) -> tuple[ps.Regions, npt.NDArray[np.int64]]:
+    """Split regions that span VMAs (equal categories join across borders); the VMA index of each piece."""
+    if len(regions) == 0 or not vmas:
+        return regions[:0], np.zeros(0, dtype=np.int64)
+    starts = np.array([vma.start for vma in vmas], dtype=np.uint64)
+    ends = np.array([vma.end for vma in vmas], dtype=np.uint64)
+    at = np.searchsorted(regions[:, 0], starts, side="right").astype(np.int64) - 1
+    inside = (at >= 0) & (regions[at, 0] < starts) & (starts < regions[at, 1])
+    if inside.any():
+        cuts, owners = starts[inside], at[inside]
+        tails = regions[owners].copy()
+        tails[:, 0] = cuts
+        regions = np.concatenate((regions, tails))
+        regions = regions[np.argsort(regions[:, 0], kind="stable")]
+        # each piece now ends where the next piece of the same region begins
+        overlap = np.flatnonzero(regions[:-1, 1] > regions[1:, 0])
+        regions[overlap, 1] = regions[overlap + 1, 0]
+    vma_at = np.searchsorted(starts, regions[:, 0], side="right").astype(np.int64) - 1
+    valid = (vma_at >= 0) & (regions[:, 0] < ends[vma_at])
+    return regions[valid], vma_at[valid]
