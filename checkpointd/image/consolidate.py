@@ -31,8 +31,8 @@ _ORDINAL = np.uint64((1 << LOCATION_SHIFT) - 1)
 class ConsolidationPolicy:
     """The bounds; `min_dead_pages` keeps small images from being rewritten for nothing."""
 
-    max_amplification: float = 2.0
-    settle_amplification: float = 1.5
+    max_amplification: float = 1.6
+    settle_amplification: float = 1.3
     max_packs: int = 32
     min_dead_pages: int = 1024
 

@@ -27,7 +27,7 @@ def make_store(path: str) -> None:
     parent = os.path.abspath(os.path.join(path, os.pardir))
     os.makedirs(parent, exist_ok=True)
     with contextlib.suppress(FileExistsError):
-        os.mkdir(path, files.DIR_MODE)  # noqa: PTH102 (the mode is the point)
+        os.mkdir(path, files.DIR_MODE)
         _sync_dir(parent)
     try:
         root_fd = files.open_dir(path)

@@ -45,6 +45,7 @@ BLOCK_DTYPE = np.dtype(
     [("stored", "<u4"), ("nr_pages", "<u4"), ("codec", "<u4"), ("reserved", "<u4"), ("checksum", "V16")]
 )
 _KEEP_COMPRESSED_BELOW = 0.95  # a block that saves less is stored as it is: it then reads at memory speed
+_SAMPLE_FROM_PAGES = 64
 
 
 class PackWriter:
@@ -130,12 +131,19 @@ class PackWriter:
     def _write_block(self, pages: Bytes) -> None:
         stored: bytes | memoryview = pages.reshape(-1).data
         codec = CODEC_NONE
-        if self._compressor is not None:
+        if self._compressor is not None and self._looks_compressible(pages):
             packed = self._compressor.compress(stored)
             if len(packed) < _KEEP_COMPRESSED_BELOW * len(stored):
                 stored, codec = packed, CODEC_ZSTD
         self._offset = files.write_at(self._fd, stored, self._offset)
         self._blocks.append(BLOCK.pack(len(stored), len(pages), codec, checksum(stored)))
+
+    def _looks_compressible(self, pages: Bytes) -> bool:
+        """Try 1 KiB of every eighth page first: encrypted or random memory then costs little."""
+        if self._compressor is None or len(pages) < _SAMPLE_FROM_PAGES:
+            return True
+        sample = np.ascontiguousarray(pages[::8, 1024:2048])
+        return len(self._compressor.compress(sample.data)) < _KEEP_COMPRESSED_BELOW * sample.nbytes
 
 
 class PackReader:
@@ -233,6 +241,31 @@ class PackReader:
         stored = self.read_stored(block)
         raw = decompress(stored, nr_pages * PAGE_SIZE, self.path)
         return np.frombuffer(raw, dtype=np.uint8).reshape(nr_pages, PAGE_SIZE)
+
+    def read_blocks(self, first_block: int, nr_blocks: int, into: Bytes) -> None:
+        """The pages of adjacent blocks, one after the other, into the first rows of `into`, (m, 4096).
+
+        Raises:
+            ImageDamaged: a block does not have its checksum.
+        """
+        blocks = range(first_block, first_block + nr_blocks)
+        if not self._block_codecs[first_block : blocks.stop].any():  # all CODEC_NONE: one read for all
+            stored_bytes = int(self.block_stored[first_block : blocks.stop].sum())
+            view = into.reshape(-1).data[:stored_bytes]
+            files.read_into(self._fd, view, int(self._block_offsets[first_block]), self.path)
+            at = 0
+            for block in blocks:
+                end = at + int(self.block_stored[block])
+                self._check(block, view[at:end])
+                at = end
+            return
+        row = 0
+        for block in blocks:
+            room = into[row : row + int(self.block_pages[block])]
+            data = self.read_block(block, room)
+            if self._block_codecs[block] != CODEC_NONE:
+                room[:] = data
+            row += len(room)
 
     def read_stored(self, block: int) -> bytes:
         """One block as it is stored, its checksum verified."""

@@ -10,17 +10,14 @@ Errors: `ImageDamaged` naming the file; `KeyError` for a page the image does not
 from __future__ import annotations
 
 import os
-import queue
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from checkpointd.errors import ImageDamaged
-from checkpointd.image.digest import Bytes, Digests, digest_pages, zero_digest
+from checkpointd.image.digest import Bytes, Digests, zero_digest
 from checkpointd.image.format import (
     BLOCK_PAGES,
     LOCATION_SHIFT,
@@ -32,22 +29,11 @@ from checkpointd.image.imagefile import Head, read_state
 from checkpointd.image.index import NO_INDEX, U64, ObjectIndex, expand
 from checkpointd.image.info import ImageInfo
 from checkpointd.image.pack import PackReader
+from checkpointd.image.stream import Chunk, stream_pages
 from checkpointd.memory import NO_PAGES, PAGE_SIZE, PageNumbers
 
 _SHIFT = np.uint64(LOCATION_SHIFT)
 _ORDINAL = np.uint64((1 << LOCATION_SHIFT) - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """Extents cut at block borders, in the order they lie on disk: columns of equal length."""
-
-    obj: U64
-    first: U64
-    count: U64
-    pack: U64
-    block: npt.NDArray[np.int64]
-    slot: npt.NDArray[np.int64]
 
 
 class Image:
@@ -157,8 +143,8 @@ class Image:
         return into
 
     def stream(
-        self, *, threads: int = 2, chunk_pages: int = BLOCK_PAGES, verify_digests: bool = False
-    ) -> Iterator[tuple[int, PageNumbers, Bytes]]:
+        self, *, threads: int = 2, chunk_pages: int = 4 * BLOCK_PAGES, verify_digests: bool = False
+    ) -> Iterator[Chunk]:
         """Every page that is not zero, once, in the order of the disk: (obj, sorted pages, their bytes).
 
         The bytes are valid until the next item is asked for.  A chunk has at most `chunk_pages` pages, all of
@@ -167,108 +153,10 @@ class Image:
         Raises:
             ImageDamaged: a block does not have its checksum, or with `verify_digests` a page its digest.
         """
-        pieces = self._pieces()
-        if len(pieces.obj) == 0:
-            return
-        changes = (np.diff(pieces.pack) != 0) | (np.diff(pieces.block) != 0)
-        starts = np.concatenate((np.zeros(1, dtype=np.int64), np.flatnonzero(changes) + 1))
-        ends = np.append(starts[1:], len(pieces.obj))
-        depth = 2 * threads
-        buffers: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
-        for _ in range(depth + 1):
-            buffers.put(np.empty((MAX_BLOCK_PAGES, PAGE_SIZE), dtype=np.uint8))
-
-        def fetch(lo: int, hi: int) -> tuple[Bytes, list[tuple[int, PageNumbers, Bytes]]]:
-            buffer = buffers.get()
-            return buffer, self._cut(pieces, lo, hi, buffer, verify_digests)
-
-        pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="image-read")
-        try:
-            pending: list[Future[tuple[Bytes, list[tuple[int, PageNumbers, Bytes]]]]] = []
-            spans = iter(zip(starts.tolist(), ends.tolist(), strict=True))
-            for lo, hi in spans:
-                pending.append(pool.submit(fetch, lo, hi))
-                if len(pending) >= depth:
-                    break
-            while pending:
-                buffer, parts = pending.pop(0).result()
-                for obj, pages, data in parts:
-                    for at in range(0, len(pages), chunk_pages):
-                        yield (
-                            obj,
-                            pages[at : at + chunk_pages],
-                            data[at * PAGE_SIZE : (at + chunk_pages) * PAGE_SIZE],
-                        )
-                buffers.put(buffer)
-                span = next(spans, None)
-                if span is not None:
-                    pending.append(pool.submit(fetch, *span))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _cut(
-        self, pieces: _Pieces, lo: int, hi: int, buffer: Bytes, verify_digests: bool
-    ) -> list[tuple[int, PageNumbers, Bytes]]:
-        """The live pages of one block, by object."""
-        pack = self.packs[int(pieces.pack[lo])]
-        block = int(pieces.block[lo])
-        data = pack.read_block(block, buffer)
-        parts: list[tuple[int, PageNumbers, Bytes]] = []
-        for obj in np.unique(pieces.obj[lo:hi]):
-            mine = lo + np.flatnonzero(pieces.obj[lo:hi] == obj)
-            pages = expand(pieces.first[mine], pieces.count[mine])
-            slots = expand(pieces.slot[mine].astype(np.uint64), pieces.count[mine]).astype(np.int64)
-            if len(pages) > 1 and not bool((pages[1:] > pages[:-1]).all()):
-                order = np.argsort(pages, kind="stable")
-                pages, slots = pages[order], slots[order]
-            if int(slots[-1]) - int(slots[0]) == len(slots) - 1 and bool((np.diff(slots) == 1).all()):
-                content = data[int(slots[0]) : int(slots[-1]) + 1]
-            else:
-                content = data[slots]
-            content = content.reshape(-1)
-            if verify_digests:
-                ordinals = slots + pack.block_firsts[block]
-                if not np.array_equal(digest_pages(content, self._seed), pack.digests[ordinals]):
-                    raise ImageDamaged(
-                        f"{pack.path}: a page of block {block} does not have its digest", path=pack.path
-                    )
-            parts.append((int(obj), pages, content))
-        return parts
-
-    def _pieces(self) -> _Pieces:
-        """All extents that are not zero, sorted by location and cut at block borders."""
-        objs = np.concatenate(
-            [np.full(len(i.firsts), o, dtype=np.uint64) for o, i in self.index.items()] or [NO_PAGES]
+        seed = self._seed if verify_digests else None
+        return stream_pages(
+            self.index, self.packs, threads=threads, chunk_pages=chunk_pages, digest_seed=seed
         )
-        firsts = np.concatenate([i.firsts for i in self.index.values()] or [NO_PAGES])
-        counts = np.concatenate([i.counts for i in self.index.values()] or [NO_PAGES])
-        locations = np.concatenate([i.locations for i in self.index.values()] or [NO_PAGES])
-        order = np.argsort(locations, kind="stable")
-        order = order[locations[order] != np.uint64(ZERO_LOCATION)]
-        objs, firsts, counts, locations = objs[order], firsts[order], counts[order], locations[order]
-        numbers = locations >> _SHIFT
-        columns: list[list[npt.NDArray[Any]]] = [[], [], [], [], [], []]
-        for number in np.unique(numbers):
-            pack = self.packs[int(number)]
-            at = numbers == number
-            start = (locations[at] & _ORDINAL).astype(np.int64)
-            count = counts[at].astype(np.int64)
-            first_block = pack.block_of(start.astype(np.uint64))
-            nr_cuts = pack.block_of((start + count - 1).astype(np.uint64)) - first_block + 1
-            of = np.repeat(np.arange(len(start)), nr_cuts)
-            blocks = expand(first_block.astype(np.uint64), nr_cuts.astype(np.uint64)).astype(np.int64)
-            lo = np.maximum(start[of], pack.block_firsts[blocks])
-            hi = np.minimum((start + count)[of], pack.block_firsts[blocks] + pack.block_pages[blocks])
-            columns[0].append(objs[at][of])
-            columns[1].append(firsts[at][of] + (lo - start[of]).astype(np.uint64))
-            columns[2].append((hi - lo).astype(np.uint64))
-            columns[3].append(np.full(len(of), number, dtype=np.uint64))
-            columns[4].append(blocks)
-            columns[5].append(lo - pack.block_firsts[blocks])
-        if not columns[0]:
-            none = np.zeros(0, dtype=np.int64)
-            return _Pieces(NO_PAGES, NO_PAGES, NO_PAGES, NO_PAGES, none, none)
-        return _Pieces(*(np.concatenate(column) for column in columns))
 
     def _read_from(
         self, pack: PackReader, ordinals: U64, destinations: npt.NDArray[np.intp], out: Bytes
