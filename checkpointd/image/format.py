@@ -87,11 +87,10 @@ class Compression:
         Raises:
             UsageError: anything else.
         """
-        name, _, level = text.partition(":")
-        if name == "none" and not level:
+        if text == "none":
             return Compression(CODEC_NONE)
-        if name == "zstd" and re.fullmatch(r"|-?\d{1,2}", level):
-            number = int(level or "1")
+        if match := re.fullmatch(r"zstd(?::(-?[0-9]{1,2}))?", text):
+            number = int(match[1] or "1")
             if -7 <= number <= 19:
                 return Compression(CODEC_ZSTD, number)
         raise UsageError(

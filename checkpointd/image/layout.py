@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import stat
-from typing import Any
 
 from checkpointd.errors import ImageDamaged, NotPermitted, StoreMissing
 from checkpointd.image import files
@@ -36,10 +36,8 @@ def make_store(path: str) -> None:
     try:
         if read_config(path, root_fd) is not None:
             return
-        ours = {"images", "packs", "tmp", "lock", CONFIG}
-        strange = [
-            name for name in os.listdir(root_fd) if name not in ours and not name.startswith(".store-")
-        ]
+        ours = {"images", "packs", "tmp", "lock"}
+        strange = [name for name in os.listdir(root_fd) if name not in ours]
         if strange:
             raise StoreMissing(
                 f"{path} is not a store: it is not empty and has no {CONFIG}",
@@ -50,29 +48,26 @@ def make_store(path: str) -> None:
         for name in ("images", "packs", "tmp"):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, files.DIR_MODE, dir_fd=root_fd)
-        body = {
-            "format_version": FORMAT_VERSION,
-            "id": secrets.token_hex(16),
-            "digest_seed": secrets.token_hex(8),
-        }
-        text = json.dumps({**body, "checksum": _config_checksum(body)}, indent=2) + "\n"
-        temporary = f".store-{secrets.token_hex(8)}"
+        text = _config_text(secrets.token_hex(16), secrets.token_hex(8))
+        temporary = f"tmp/store-{secrets.token_hex(8)}"
         fd = files.create_file(temporary, root_fd)
         try:
-            files.write_at(fd, text.encode(), 0)
+            files.write_at(fd, text, 0)
             os.fsync(fd)
         finally:
             os.close(fd)
-        with contextlib.suppress(FileExistsError):  # another process was first: its store is as good
+        # When another process was first, its store is as good (and may have swept our file from tmp).
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
             os.link(temporary, CONFIG, src_dir_fd=root_fd, dst_dir_fd=root_fd)
-        os.unlink(temporary, dir_fd=root_fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=root_fd)
         os.fsync(root_fd)
     finally:
         os.close(root_fd)
 
 
-def read_config(path: str, root_fd: int) -> dict[str, Any] | None:
-    """store.json checked, None when there is none."""
+def read_config(path: str, root_fd: int) -> tuple[str, int] | None:
+    """Id and digest seed of the store, None when there is no store.json."""
     where = f"{path}/{CONFIG}"
     try:
         fd = files.open_file(CONFIG, root_fd)
@@ -84,20 +79,21 @@ def read_config(path: str, root_fd: int) -> dict[str, Any] | None:
         os.close(fd)
     try:
         config = json.loads(data)
-        version = config["format_version"]
-        text = {key: config[key] for key in ("id", "digest_seed", "checksum")}
-    except (ValueError, KeyError, TypeError) as error:
+        version, store_id, seed = config["format_version"], str(config["id"]), str(config["digest_seed"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ImageDamaged(f"{where}: it is damaged", path=where) from error
     if type(version) is int:
         check_version(version, where)
-    body = {"format_version": version, "id": text["id"], "digest_seed": text["digest_seed"]}
-    if _config_checksum(body) != text["checksum"] or set(config) != {*text, "format_version"}:
+    if data != _config_text(store_id, seed) or not re.fullmatch(r"[0-9a-f]{16}", seed):
         raise ImageDamaged(f"{where}: it is damaged", path=where)
-    return config  # type: ignore[no-any-return]
+    return store_id, int(seed, 16)
 
 
-def _config_checksum(body: dict[str, Any]) -> str:
-    return checksum(json.dumps(body, sort_keys=True).encode()).hex()
+def _config_text(store_id: str, seed: str) -> bytes:
+    """The one way store.json is written, its own checksum in it: so any changed byte shows."""
+    body = {"format_version": FORMAT_VERSION, "id": store_id, "digest_seed": seed}
+    sealed = {**body, "checksum": checksum(json.dumps(body).encode()).hex()}
+    return (json.dumps(sealed, indent=2) + "\n").encode()
 
 
 def check_owner(path: str, root_fd: int) -> None:

@@ -30,7 +30,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from checkpointd import tracepoint
 from checkpointd.errors import (
@@ -63,10 +63,10 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 class Store:
     """An open store.  Safe for many threads and processes at once."""
 
-    def __init__(self, path: str, root_fd: int, config: dict[str, Any]) -> None:
+    def __init__(self, path: str, root_fd: int, store_id: str, digest_seed: int) -> None:
         self.path = path
-        self.id: str = config["id"]
-        self.digest_seed: int = int(config["digest_seed"], 16)
+        self.id = store_id
+        self.digest_seed = digest_seed
         self.policy = ConsolidationPolicy()
         self._root_fd = root_fd
         self.images_fd = files.open_dir("images", root_fd)
@@ -106,7 +106,7 @@ class Store:
                     raise StoreMissing(f"{path} is not a store: it has no {CONFIG}", hint=hint, path=path)
                 check_owner(path, root_fd)
                 try:
-                    return cls(path, root_fd, config)
+                    return cls(path, root_fd, *config)
                 except FileNotFoundError as error:
                     raise ImageDamaged(f"{path}: the store lacks a directory", path=path) from error
             except BaseException:
