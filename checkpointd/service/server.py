@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gRPC server around the servicer: sockets, their permissions, TLS, health, reflection, and the end.
+
+One service per socket: it holds a lock beside it for as long as it lives, so that of two that start at once
+one goes on and the other says so, and so that a socket left behind is known to be nobody's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import grp
+import logging
+import os
+import shutil
+import signal
+import stat
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from checkpointd.api.v1 import checkpoint_pb2, checkpoint_pb2_grpc
+from checkpointd.errors import Busy, NotPermitted, UsageError
+from checkpointd.location import check_private_directory
+from checkpointd.service.agents import DEFAULT_COMMAND, Watchdog
+from checkpointd.service.images import Stores
+from checkpointd.service.interceptors import ActivityInterceptor, ErrorInterceptor
+from checkpointd.service.notify import notify
+from checkpointd.service.operations import OperationTable
+from checkpointd.service.servicer import Servicer
+from checkpointd.service.targets import TargetTable
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = checkpoint_pb2.DESCRIPTOR.services_by_name["CheckpointService"].full_name
+
+MAX_MESSAGE_BYTES = 64 << 20  # a manifest of very many VMAs; page data travels in chunks of 1 MiB
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 64 << 10),
+    ("grpc.so_reuseport", 0),  # two services on one TCP port would share its clients between them
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+]
+
+SOCKET_UMASK = 0o117  # 0660
+DRAIN_S = 5.0
+IDLE_POLL_S = 0.25
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """Mutual TLS: our certificate and key, and the authority that signed the clients'."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How to serve.
+
+    Attributes:
+        group: who besides the owner may use the socket (its group); "" leaves the group alone.
+        listen: "HOST:PORT", "" for none; needs `tls`.
+        idle_exit_s: end after that long without targets, operations and calls; None: never.
+    """
+
+    socket: Path
+    store: Path
+    group: str = ""
+    listen: str = ""
+    tls: TlsFiles | None = None
+    idle_exit_s: float | None = None
+    agent_command: Sequence[str] = DEFAULT_COMMAND
+
+
+class Server:
+    """A running service; `run` returns when it was asked to stop or has been idle long enough."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        if config.listen and config.tls is None:
+            raise UsageError(
+                "TCP is served with mutual TLS only",
+                hint="give --tls-cert, --tls-key and --tls-client-ca, or leave --listen out",
+            )
+        self.config = config
+        self._stop = threading.Event()
+        self._lock_fd = _claim(config.socket, config.group)
+        self._targets = TargetTable(config.agent_command)
+        self._operations = OperationTable()
+        self._activity = ActivityInterceptor()
+        self._health = health.HealthServicer()
+        self._server = grpc.server(
+            ThreadPoolExecutor(max_workers=64, thread_name_prefix="call"),
+            interceptors=[self._activity, ErrorInterceptor()],
+            options=OPTIONS,
+        )
+        checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(  # type: ignore[no-untyped-call]
+            Servicer(self._targets, self._operations, Stores(config.store)), self._server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self._bind_socket()
+        self.port = self._bind_tcp() if config.listen else 0
+        self._watchdog = Watchdog(self._targets.agents)
+
+    def run(self) -> None:
+        """Serve until `stop`, the idle time, SIGTERM or SIGINT (where the main thread runs this)."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: self._stop.set())
+        self._server.start()
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        log.info("serving at %s, images in %s", self.config.socket, self.config.store)
+        if self.port:
+            log.info("serving at %s, port %d, with mutual TLS", self.config.listen, self.port)
+        notify("READY=1")
+        while not self._stop.wait(IDLE_POLL_S):
+            if self._is_idle():
+                log.info("idle: ending")
+                break
+        self._end()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _is_idle(self) -> bool:
+        limit_s = self.config.idle_exit_s
+        return (
+            limit_s is not None
+            and self._activity.idle_s() >= limit_s
+            and not self._targets.targets()
+            and not self._operations.running()
+        )
+
+    def _end(self) -> None:
+        """Cancel what runs, let every target go, then close."""
+        notify("STOPPING=1")
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        stopped = self._server.stop(DRAIN_S)  # no new calls from here on
+        for operation in self._operations.running():
+            operation.cancel()
+        for operation in self._operations.running():
+            operation.wait(DRAIN_S)
+        self._watchdog.stop()
+        self._targets.close()
+        stopped.wait(DRAIN_S)
+        with contextlib.suppress(FileNotFoundError):
+            self.config.socket.unlink()
+        os.close(self._lock_fd)
+        log.info("ended")
+
+    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", SERVICE_NAME):
+            self._health.set(name, status)
+
+    def _bind_socket(self) -> None:
+        path = self.config.socket
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()  # we hold the lock: whoever made it is gone
+        before = os.umask(SOCKET_UMASK)
+        try:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise NotPermitted(
+                f"cannot listen at {path}: {error}", hint="give another path with --socket"
+            ) from error
+        finally:
+            os.umask(before)
+        if self.config.group:
+            shutil.chown(path, group=self.config.group)
+        if stat.S_IMODE(path.stat().st_mode) & 0o117:
+            raise NotPermitted(
+                f"{path} got the mode {stat.S_IMODE(path.stat().st_mode):o}, not 660",
+                hint="give a --socket on a file system that keeps modes",
+            )
+
+    def _bind_tcp(self) -> int:
+        assert self.config.tls is not None
+        credentials = grpc.ssl_server_credentials(
+            [(_read(self.config.tls.key), _read(self.config.tls.certificate))],
+            root_certificates=_read(self.config.tls.client_ca),
+            require_client_auth=True,
+        )
+        try:
+            port = self._server.add_secure_port(self.config.listen, credentials)
+        except RuntimeError as error:
+            raise UsageError(
+                f"cannot listen at {self.config.listen}: {error}",
+                hint="give --listen HOST:PORT of a free port",
+            ) from error
+        if port == 0:
+            raise UsageError(
+                f"cannot listen at {self.config.listen}", hint="give --listen HOST:PORT of a free port"
+            )
+        return int(port)
+
+
+def _claim(socket_path: Path, group: str) -> int:
+    """Make the socket's directory (0750) when there is none, and lock the socket's name.
+
+    Raises:
+        Busy: another service has it.
+        NotPermitted: the directory is not ours to trust.
+    """
+    directory = socket_path.parent
+    if group:
+        try:
+            grp.getgrnam(group)
+        except KeyError:
+            raise UsageError(
+                f"there is no group {group!r}", hint=f"create it: groupadd --system {group}"
+            ) from None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o750)
+            directory.chmod(0o750)  # whatever the umask
+            if group:
+                shutil.chown(directory, group=group)
+        check_private_directory(directory)
+        fd = os.open(f"{socket_path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise NotPermitted(
+            f"cannot use the socket directory {directory}: {error.strerror}",
+            hint="give a --socket in a directory of your own",
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise Busy(
+            f"another service is listening at {socket_path}", hint="use it, or give another --socket"
+        ) from None
+    return fd
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}", hint="check the --tls-... options"
+        ) from error
