@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kcmp(2): do two descriptors point at one open file description?
+
+Raises OSError: ENOSYS without CONFIG_KCMP, EBADF for a closed descriptor, EPERM without ptrace access.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from checkpointd.linux._libc import syscall
+
+_NR_KCMP = 312
+KCMP_FILE = 0
+KCMP_EPOLL_TFD = 7
+
+
+def _kcmp(pid: int, kind: int, index1: int, index2: int | bytes) -> int:
+    return syscall(_NR_KCMP, pid, pid, kind, index1, index2, name="kcmp")
+
+
+def compare_files(pid: int, fd1: int, fd2: int) -> int:
+    """0 for the same description, else -1 or 1: an order to sort by, fixed while both are open."""
+    return {0: 0, 1: -1}.get(_kcmp(pid, KCMP_FILE, fd1, fd2), 1)
+
+
+def epoll_watches(pid: int, fd: int, epoll_fd: int, watched_fd: int, nth: int = 0) -> bool:
+    """Is `fd` the description that `epoll_fd` watches as its `nth` entry numbered `watched_fd`?"""
+    # struct kcmp_epoll_slot: __u32 efd, __u32 tfd, __u32 toff
+    return _kcmp(pid, KCMP_EPOLL_TFD, fd, struct.pack("=3I", epoll_fd, watched_fd, nth)) == 0
