@@ -200,11 +200,16 @@ def bench_depth(directory: str, size_mib: int, repeats: int) -> list[dict[str, A
 
 
 def print_row(row: dict[str, Any]) -> None:
-    print("  ".join(f"{key}={value}" if key != "what" else f"{value:38}" for key, value in row.items()), flush=True)
+    print(
+        "  ".join(f"{key}={value}" if key != "what" else f"{value:38}" for key, value in row.items()),
+        flush=True,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size-mib", type=int, default=1024)
     parser.add_argument("--depth-size-mib", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=7)

@@ -18,6 +18,7 @@ from checkpointd.errors import Busy, CheckpointError, ImageDamaged, NoSpace, Not
 
 FILE_MODE = 0o600
 DIR_MODE = 0o700
+LOCK_TIMEOUT_S = 30.0  # the lock is held for milliseconds, but perhaps by a process that is stopped
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP}
 
@@ -98,17 +99,17 @@ def read_at(fd: int, size_bytes: int, offset: int, path: str) -> bytes:
 
 
 @contextlib.contextmanager
-def locked(name: str, dir_fd: int, path: str, *, exclusive: bool, timeout_s: float = 30.0) -> Iterator[None]:
+def locked(name: str, dir_fd: int, path: str, *, exclusive: bool) -> Iterator[None]:
     """Hold flock(2) on a file.  Each use opens the file anew, so threads of one process exclude each other too.
 
     Raises:
-        Busy: not free within `timeout_s`.
+        Busy: not free within `LOCK_TIMEOUT_S`.
     """
     with translated(path):
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE, dir_fd=dir_fd)
     try:
         operation = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
         while not try_lock(fd, operation):
             if time.monotonic() > deadline:
                 raise Busy(f"{path}: the store is locked by another process", path=path)

@@ -36,8 +36,9 @@ def make_store(path: str) -> None:
     try:
         if read_config(path, root_fd) is not None:
             return
-        ours = {"images", "packs", "tmp", "lock"}
-        strange = [name for name in os.listdir(root_fd) if name not in ours]
+        # store.json may appear now: another process makes the same store.
+        ours = {"images", "packs", "tmp", "lock", CONFIG}
+        strange = set(os.listdir(root_fd)) - ours
         if strange:
             raise StoreMissing(
                 f"{path} is not a store: it is not empty and has no {CONFIG}",
