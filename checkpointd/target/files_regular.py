@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import stat
@@ -178,8 +179,6 @@ def shared_memory_device() -> int:
 def _seals(session: Session, one: OpenFd) -> int:
     if not one.link.startswith("/memfd:"):
         return 0
-    import fcntl  # noqa: PLC0415  only memfds need it
-
     with session.borrow(one.fd) as fd:
         return fcntl.fcntl(fd, fdcalls.F_GET_SEALS)
 

@@ -93,6 +93,7 @@ class Session:
     inotify_paths: dict[tuple[int, int], str] = field(default_factory=dict)
     mounts: dict[int, fdinfo.Mount] = field(default_factory=dict)
     _pidfd: int = -1
+    _foreign_network: bool | None = None
 
     def __enter__(self) -> Session:
         return self
@@ -138,6 +139,13 @@ class Session:
             self.mounts.update(read_mounts(self.pid))
         mount = self.mounts.get(mount_id)
         return mount.fs_type if mount else ""
+
+    def foreign_network(self) -> bool:
+        """Does the target live in another network namespace than we do?"""
+        if self._foreign_network is None:
+            theirs, ours = (os.stat(f"/proc/{who}/ns/net").st_ino for who in (self.pid, "self"))
+            self._foreign_network = theirs != ours
+        return self._foreign_network
 
     def cwd(self) -> str:
         return os.readlink(f"/proc/{self.pid}/cwd")
