@@ -74,6 +74,7 @@ class ImageBuilder:
         sync: bool,
         threads: int,
         policy: ConsolidationPolicy,
+        confirm_same: bool,
     ) -> None:
         self._store = store
         self._name = name
@@ -84,6 +85,7 @@ class ImageBuilder:
         self._sync = sync
         self._nr_threads = max(1, threads)
         self._policy = policy
+        self._confirm_same = confirm_same
         self._seed = store.digest_seed
         self._zero = zero_digest(self._seed)
         self._nr_old_packs = len(parent.packs) if parent else 0
@@ -224,7 +226,7 @@ class ImageBuilder:
                 chunk = contents[span]
                 digests = digest_pages(chunk, self._seed)
                 zero = zero_pages(chunk, digests, self._zero)
-                same = self._same(parent_locations[span], digests)
+                same = self._same(parent_locations[span], digests, chunk)
                 same &= ~zero
                 locations[span][same] = parent_locations[span][same]
                 gone = zero | same
@@ -243,13 +245,18 @@ class ImageBuilder:
             self._parts.setdefault(obj, []).append((pages, locations))
         return counts
 
-    def _same(self, parent_locations: U64, digests: Digests) -> npt.NDArray[np.bool_]:
+    def _same(self, parent_locations: U64, digests: Digests, contents: Bytes) -> npt.NDArray[np.bool_]:
         """Which pages have the digest of the parent's page at the same place."""
         same: npt.NDArray[np.bool_] = (parent_locations != _MISSING) & (parent_locations != _ZERO)
         if same.any() and self._parent is not None:
             at = np.flatnonzero(same)
             theirs = self._parent.digests_at(parent_locations[at])
             same[at] = (theirs == digests[at]).all(axis=1)
+            if self._confirm_same and same.any():
+                at = np.flatnonzero(same)
+                parents = np.empty((len(at), PAGE_SIZE), dtype=np.uint8)
+                self._parent.read_locations(parent_locations[at], parents)
+                same[at] = (parents == contents[at]).all(axis=1)
         return same
 
     def _parent_locations(self, obj: int, pages: PageNumbers) -> U64:

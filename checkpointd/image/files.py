@@ -78,19 +78,29 @@ def read_into(fd: int, into: memoryview, offset: int, path: str) -> None:
     """Fill `into` from `offset`.
 
     Raises:
-        ImageDamaged: the file ends before.
+        ImageDamaged: the file ends before, or the disk cannot read it.
     """
-    while len(into):
-        got = os.preadv(fd, [into], offset)
-        if got == 0:
-            raise ImageDamaged(f"{path}: the file is truncated", path=path)
-        offset += got
-        into = into[got:]
+    try:
+        while len(into):
+            got = os.preadv(fd, [into], offset)
+            if got == 0:
+                raise ImageDamaged(f"{path}: the file is truncated", path=path)
+            offset += got
+            into = into[got:]
+    except OSError as error:
+        raise as_checkpoint_error(error, path) from error
 
 
 def read_at(fd: int, size_bytes: int, offset: int, path: str) -> bytes:
-    """Exactly `size_bytes` from `offset` (the caller has capped the size by that of the file)."""
-    data = os.pread(fd, size_bytes, offset)
+    """Exactly `size_bytes` from `offset` (the caller has capped the size by that of the file).
+
+    Raises:
+        ImageDamaged: the file ends before, or the disk cannot read it.
+    """
+    try:
+        data = os.pread(fd, size_bytes, offset)
+    except OSError as error:
+        raise as_checkpoint_error(error, path) from error
     if len(data) == size_bytes:
         return data
     buffer = bytearray(size_bytes)

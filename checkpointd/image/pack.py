@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 
 import numpy as np
 import numpy.typing as npt
@@ -113,11 +114,6 @@ class PackWriter:
             os.fsync(self._fd)
         return hashlib.sha256(self._header + tail).hexdigest()
 
-    def take_fd(self) -> int:
-        """Hand the open file over (to a reader); the writer is done with."""
-        fd, self._fd = self._fd, -1
-        return fd
-
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -158,11 +154,10 @@ class PackReader:
         self.id = pack_id
         self.path = f"packs/{pack_id}.pack"
         self._fd = fd
-        try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+        # Not __del__: that runs while weak references still work, and another thread could get hold of a reader
+        # whose file is being closed.
+        weakref.finalize(self, os.close, fd)
+        self._open()
 
     def _open(self) -> None:
         self.size_bytes = os.fstat(self._fd).st_size
@@ -277,14 +272,6 @@ class PackReader:
 
     def codec(self, block: int) -> int:
         return int(self._block_codecs[block])
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __del__(self) -> None:
-        self.close()
 
     def _check(self, block: int, stored: bytes | memoryview) -> None:
         if checksum(stored) != self._block_checksums[block].tobytes():

@@ -129,6 +129,11 @@ class Image:
         if into.nbytes != len(pages) * PAGE_SIZE or not into.flags.c_contiguous:
             raise ValueError("`into` must be contiguous and hold exactly the pages asked for")
         out = into.reshape(-1, PAGE_SIZE)
+        self.read_locations(locations, out)
+        return into
+
+    def read_locations(self, locations: U64, out: Bytes) -> None:
+        """Fill the rows of `out`, (n, 4096), with what lies at `locations` (none of them missing)."""
         zero = locations == np.uint64(ZERO_LOCATION)
         if zero.any():
             out[zero] = 0
@@ -140,7 +145,6 @@ class Image:
             pack = self.packs[int(number)]
             of_pack = packs == number
             self._read_from(pack, ordinals[of_pack], wanted[of_pack], out)
-        return into
 
     def stream(
         self, *, threads: int = 2, chunk_pages: int = 4 * BLOCK_PAGES, verify_digests: bool = False

@@ -74,6 +74,7 @@ class Store:
         self.tmp_fd = files.open_dir("tmp", root_fd)
         self._packs: weakref.WeakValueDictionary[str, PackReader] = weakref.WeakValueDictionary()
         self._packs_mutex = threading.Lock()
+        self._heads: dict[str, tuple[tuple[int, int, int], Head | str]] = {}
         self._finalizer = weakref.finalize(
             self, _close_all, root_fd, self.images_fd, self.packs_fd, self.tmp_fd
         )
@@ -127,6 +128,7 @@ class Store:
         sync: bool = True,
         threads: int = 2,
         policy: ConsolidationPolicy | None = None,
+        confirm_same: bool = False,
     ) -> ImageBuilder:
         """Start a new image.
 
@@ -135,6 +137,7 @@ class Store:
             compress: "none", "zstd" or "zstd:LEVEL".
             sync: make it durable at commit; False is for stores in memory.
             threads: how many threads may compress and write at once.
+            confirm_same: compare pages that look the same as the parent's (by digest) byte by byte too.
 
         Raises:
             UsageError: unknown compression.
@@ -173,6 +176,7 @@ class Store:
                 sync=sync,
                 threads=threads,
                 policy=policy or self.policy,
+                confirm_same=confirm_same,
             )
             undo.pop_all()
             return builder
@@ -190,7 +194,10 @@ class Store:
         """
         infos: list[tuple[ImageInfo, int]] = []
         with files.translated(f"{self.path}/images"):
-            for name in os.listdir(self.images_fd):
+            names = os.listdir(self.images_fd)
+            for name in set(self._heads).difference(names):
+                self._heads.pop(name, None)
+            for name in names:
                 image_id = name.removesuffix(".img")
                 if not name.endswith(".img") or len(image_id) != 64:
                     continue
@@ -291,6 +298,7 @@ class Store:
                 os.unlink(f"{image_id}.img", dir_fd=self.images_fd)
             except FileNotFoundError as error:
                 raise _not_found(image_id) from error
+            self._heads.pop(f"{image_id}.img", None)
             os.fsync(self.images_fd)
             tracepoint.hit("image.removed")
             self._sweep_tmp()
@@ -326,16 +334,33 @@ class Store:
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _info(self, image_id: str) -> tuple[ImageInfo, int]:
-        fd = files.open_file(f"{image_id}.img", self.images_fd)
+        head, status = self._head(f"{image_id}.img", self.images_fd)
+        if isinstance(head, str):
+            return ImageInfo(id=image_id, damaged=head), status.st_mtime_ns
+        return _info_of(image_id, head, status.st_size), status.st_mtime_ns
+
+    def _head(self, name: str, dir_fd: int) -> tuple[Head | str, os.stat_result]:
+        """The head of an image file, or why it cannot be read; remembered while the file is the same.
+
+        Raises:
+            FileNotFoundError: removed meanwhile.
+        """
+        fd = files.open_file(name, dir_fd)
         try:
             status = os.fstat(fd)
+            key = (status.st_ino, status.st_mtime_ns, status.st_size)
+            known = self._heads.get(name)
+            if known is not None and known[0] == key:
+                return known[1], status
+            head: Head | str
             try:
-                head = self._read_head(fd, status.st_size, f"images/{image_id}.img")
-                return _info_of(image_id, head, status.st_size), status.st_mtime_ns
+                head = self._read_head(fd, status.st_size, f"images/{name}")
             except ImageDamaged as error:
-                return ImageInfo(id=image_id, damaged=error.message), status.st_mtime_ns
+                head = error.message
         finally:
             os.close(fd)
+        self._heads[name] = (key, head)
+        return head, status
 
     @staticmethod
     def _read_head(fd: int, file_bytes: int, path: str) -> Head:
@@ -401,15 +426,12 @@ class Store:
         for dir_fd, names in ((self.images_fd, images), (self.tmp_fd, pins)):
             for name in names:
                 try:
-                    fd = files.open_file(name, dir_fd)
+                    head, _ = self._head(name, dir_fd)
                 except FileNotFoundError:
                     continue
-                try:
-                    referred.update(self._read_head(fd, os.fstat(fd).st_size, name).pack_ids)
-                except ImageDamaged:
+                if isinstance(head, str):
                     return 0
-                finally:
-                    os.close(fd)
+                referred.update(head.pack_ids)
         nr_removed = 0
         for name in os.listdir(self.packs_fd):
             if name.removesuffix(".pack") not in referred:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
+import traceback
 
 import numpy as np
 import pytest
@@ -328,6 +329,25 @@ def test_concurrent_writers_removers_and_readers(store):
         worker.start()
     for worker in workers:
         worker.join()
-    assert not errors
+    assert not errors, [traceback.format_exception(error) for error in errors]
     for info in store.images():
         assert store.verify(info.id).ok
+
+
+def test_with_confirm_same_even_a_collision_loses_no_page(store, monkeypatch):
+    def collide(data, seed):
+        return np.ones((len(data.reshape(-1)) // PAGE_SIZE, 2), dtype=np.uint64)
+
+    pages = np.arange(40, dtype=np.uint64)
+    old, new = numbered(40), numbered(40)
+    new[7, 4000] ^= 1
+    for confirm, expected in ((True, new), (False, old)):
+        with monkeypatch.context() as patch:
+            patch.setattr("checkpointd.image.builder.digest_pages", collide)
+            with store.begin() as builder:
+                parent = store.load(put_and_commit(builder, pages, old).id)
+            with store.begin(parent=parent, confirm_same=confirm) as builder:
+                counts = builder.add_pages(0, pages, new)
+                image = store.load(builder.commit(meta={}, state=b"").id)
+        assert counts == PageCounts(same=40 - confirm, written=int(confirm))
+        assert (image.read(0, pages).reshape(-1, PAGE_SIZE) == expected).all()

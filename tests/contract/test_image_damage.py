@@ -8,6 +8,7 @@ what can still be read must be right.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -183,6 +184,23 @@ def test_any_other_length_is_found(original, damaged_copy, file_number):
 def test_a_missing_file_is_named(original, damaged_copy, file_number):
     path, _ = original
     damaged_copy(files_of(path)[file_number], lambda content: None)
+
+
+def test_a_disk_that_cannot_read_is_damage(original, monkeypatch):
+    path, truth = original
+    store = Store.open(path)
+    image_id = list(truth)[0]
+    image = store.load(image_id)
+
+    def broken(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(ImageDamaged, match=r"packs/.*Input/output"):
+        image.read(0, PAGES)
+    with pytest.raises(ImageDamaged, match=r"packs/.*Input/output"):
+        list(image.stream())
+    assert not store.verify(image_id).ok
 
 
 def test_swapped_files_are_found(original, tmp_path):
