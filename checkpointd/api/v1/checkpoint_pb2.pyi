@@ -380,32 +380,40 @@ class CancelOperationResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[OperationState, str]] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("id", "parent_id", "tags", "created_at", "pid", "name", "incremental", "backend", "nr_pages", "pages_written", "bytes_raw", "bytes_stored")
+    __slots__ = ("id", "parent_id", "sequence", "created_at", "tag", "pid", "name", "cmdline", "host", "incremental", "backend", "nr_pages", "bytes_raw", "bytes_stored", "format_version", "damaged")
     ID_FIELD_NUMBER: _ClassVar[int]
     PARENT_ID_FIELD_NUMBER: _ClassVar[int]
-    TAGS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    CMDLINE_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     INCREMENTAL_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     NR_PAGES_FIELD_NUMBER: _ClassVar[int]
-    PAGES_WRITTEN_FIELD_NUMBER: _ClassVar[int]
     BYTES_RAW_FIELD_NUMBER: _ClassVar[int]
     BYTES_STORED_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
     id: str
     parent_id: str
-    tags: _containers.RepeatedScalarFieldContainer[str]
+    sequence: int
     created_at: _timestamp_pb2.Timestamp
+    tag: str
     pid: int
     name: str
+    cmdline: str
+    host: str
     incremental: bool
     backend: str
     nr_pages: int
-    pages_written: int
     bytes_raw: int
     bytes_stored: int
-    def __init__(self, id: _Optional[str] = ..., parent_id: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., pid: _Optional[int] = ..., name: _Optional[str] = ..., incremental: bool = ..., backend: _Optional[str] = ..., nr_pages: _Optional[int] = ..., pages_written: _Optional[int] = ..., bytes_raw: _Optional[int] = ..., bytes_stored: _Optional[int] = ...) -> None: ...
+    format_version: int
+    damaged: str
+    def __init__(self, id: _Optional[str] = ..., parent_id: _Optional[str] = ..., sequence: _Optional[int] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., tag: _Optional[str] = ..., pid: _Optional[int] = ..., name: _Optional[str] = ..., cmdline: _Optional[str] = ..., host: _Optional[str] = ..., incremental: bool = ..., backend: _Optional[str] = ..., nr_pages: _Optional[int] = ..., bytes_raw: _Optional[int] = ..., bytes_stored: _Optional[int] = ..., format_version: _Optional[int] = ..., damaged: _Optional[str] = ...) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ("store",)
@@ -496,12 +504,10 @@ class ExportResponse(_message.Message):
     def __init__(self, image_id: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ImportHeader(_message.Message):
-    __slots__ = ("store", "tag")
+    __slots__ = ("store",)
     STORE_FIELD_NUMBER: _ClassVar[int]
-    TAG_FIELD_NUMBER: _ClassVar[int]
     store: str
-    tag: str
-    def __init__(self, store: _Optional[str] = ..., tag: _Optional[str] = ...) -> None: ...
+    def __init__(self, store: _Optional[str] = ...) -> None: ...
 
 class ImportRequest(_message.Message):
     __slots__ = ("header", "data")

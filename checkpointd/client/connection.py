@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A connection to a service and its calls."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # failures reach us as errors, not as lines on stderr
+
+import grpc
+
+from checkpointd import location
+from checkpointd.api.v1 import checkpoint_pb2 as pb
+from checkpointd.api.v1 import checkpoint_pb2_grpc
+from checkpointd.client.autostart import ensure_service
+from checkpointd.client.wire import error_of, event, plain
+from checkpointd.errors import ServiceUnreachable, UsageError, VersionMismatch
+from checkpointd.version import VERSION
+
+CHUNK_BYTES = 1 << 20
+CONNECT_TIMEOUT_S = 10.0
+MAX_MESSAGE_BYTES = 64 << 20
+
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 64 << 10),
+]
+_SOCKET_OPTIONS = [*_OPTIONS, ("grpc.default_authority", "localhost")]
+_TCP_OPTIONS = [*_OPTIONS, ("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 20_000)]
+
+
+@dataclass(frozen=True)
+class ClientTls:
+    """Mutual TLS: our certificate and key, and the authority that signed the service's."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+
+
+def connect_to_socket(
+    socket: str | Path | None, *, start: bool = True, timeout_s: float | None = None
+) -> Client:
+    """See `checkpointd.client.connect`."""
+    path = location.checked_socket_path(socket) if socket else location.default_socket()
+    for attempt in (1, 2, 3):
+        ensure_service(path, start=start)
+        client = Client(grpc.insecure_channel(f"unix:{path}", options=_SOCKET_OPTIONS), str(path), timeout_s)
+        try:
+            client.check_version()
+            return client
+        except ServiceUnreachable as error:
+            client.close()
+            # an idle service may end between our knock and our first call: then another one is started
+            if isinstance(error, VersionMismatch) or not start or attempt == 3:
+                raise
+    raise AssertionError("unreachable")
+
+
+def connect_to_address(address: str, tls: ClientTls | None, timeout_s: float | None = None) -> Client:
+    """See `checkpointd.client.connect`."""
+    if tls is None:
+        raise UsageError(
+            "a service on TCP is reached with mutual TLS only", hint="give --tls-cert, --tls-key and --tls-ca"
+        )
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=_read(tls.ca), private_key=_read(tls.key), certificate_chain=_read(tls.certificate)
+    )
+    client = Client(grpc.secure_channel(address, credentials, options=_TCP_OPTIONS), address, timeout_s)
+    try:
+        client.check_version()
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+class Client:
+    """Calls to one service; each raises the service's errors.  Use it as a context manager."""
+
+    def __init__(self, channel: grpc.Channel, where: str, timeout_s: float | None) -> None:
+        self.where = where
+        self.timeout_s = timeout_s
+        self._channel = channel
+        self._stub: Any = checkpoint_pb2_grpc.CheckpointServiceStub(channel)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def check_version(self) -> dict[str, Any]:
+        """The service's version, pid and store.
+
+        Raises:
+            VersionMismatch: major or minor version differ from ours.
+        """
+        with self._errors():
+            answer = plain(self._stub.GetVersion(pb.GetVersionRequest(), timeout=CONNECT_TIMEOUT_S))
+        if answer["version"].split(".")[:2] != VERSION.split(".")[:2]:
+            raise VersionMismatch(
+                f"the service at {self.where} is version {answer['version']}, this command is {VERSION}",
+                hint=f"restart the service (its pid is {answer['pid']}; targets run on when it ends)",
+            )
+        return answer
+
+    def status(self) -> dict[str, Any]:
+        return self._unary("GetStatus", pb.GetStatusRequest())
+
+    def check(self, pid: int | None = None) -> dict[str, Any]:
+        return self._unary("Check", pb.CheckRequest(pid=pid or 0))
+
+    def track(self, pid: int, *, backend: str = "", precise: bool = False) -> dict[str, Any]:
+        return self._unary("Track", pb.TrackRequest(pid=pid, backend=backend, precise=precise))
+
+    def untrack(self, pid: int) -> dict[str, Any]:
+        return self._unary("Untrack", pb.UntrackRequest(pid=pid))
+
+    def dump(self, pid: int, **options: Any) -> Iterator[dict[str, Any]]:
+        """Events of a dump; `options` are the fields of DumpRequest.  The last one is the summary."""
+        return self._events("Dump", pb.DumpRequest(pid=pid, **options))
+
+    def restore(self, image: str, **options: Any) -> Iterator[dict[str, Any]]:
+        """Events of a restore; `options` are the fields of RestoreRequest.  The last one is the summary."""
+        return self._events("Restore", pb.RestoreRequest(image=image, **options))
+
+    def verify(self, image: str = "", *, store: str = "") -> Iterator[dict[str, Any]]:
+        """Events of a verify; with no image, of all of them."""
+        return self._events("Verify", pb.VerifyRequest(image=image, store=store))
+
+    def watch(self, operation_id: str) -> Iterator[dict[str, Any]]:
+        """All events of an operation from its start."""
+        request = pb.WatchOperationRequest(operation_id=operation_id)
+        with self._errors():
+            for message in self._stub.WatchOperation(request, timeout=self.timeout_s):
+                kind = message.WhichOneof("event")
+                yield {"operation": kind, **event(getattr(message, kind))}
+
+    def cancel(self, operation_id: str) -> dict[str, Any]:
+        """Cancel an operation; returns when it has ended."""
+        return self._unary("CancelOperation", pb.CancelOperationRequest(operation_id=operation_id))
+
+    def list(self, *, store: str = "") -> dict[str, Any]:
+        return self._unary("List", pb.ListRequest(store=store))
+
+    def get(self, image: str, *, store: str = "") -> dict[str, Any]:
+        """An image with its manifest (a dict)."""
+        answer = self._unary("Get", pb.GetRequest(image=image, store=store))
+        return {"image": answer["image"], **json.loads(answer["manifest_json"] or "{}")}
+
+    def delete(self, images: Iterable[str], *, store: str = "") -> dict[str, Any]:
+        return self._unary("Delete", pb.DeleteRequest(images=[*images], store=store))
+
+    def export(self, image: str, *, store: str = "") -> Iterator[bytes]:
+        """The image's id (as ASCII) first, then the bytes of the portable file."""
+        with self._errors():
+            for message in self._stub.Export(
+                pb.ExportRequest(image=image, store=store), timeout=self.timeout_s
+            ):
+                yield message.data or message.image_id.encode("ascii")
+
+    def import_file(self, source: BinaryIO, *, store: str = "") -> dict[str, Any]:
+        """Send a portable file; returns the new image."""
+
+        def requests() -> Iterator[pb.ImportRequest]:
+            yield pb.ImportRequest(header=pb.ImportHeader(store=store))
+            while chunk := source.read(CHUNK_BYTES):
+                yield pb.ImportRequest(data=chunk)
+
+        with self._errors():
+            return plain(self._stub.Import(requests(), timeout=self.timeout_s))
+
+    def _unary(self, name: str, request: Any) -> dict[str, Any]:
+        with self._errors():
+            return plain(getattr(self._stub, name)(request, timeout=self.timeout_s))
+
+    def _events(self, name: str, request: Any) -> Iterator[dict[str, Any]]:
+        with self._errors():
+            for message in getattr(self._stub, name)(request, timeout=self.timeout_s):
+                yield event(message)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as failure:
+            raise error_of(failure, self.where) from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}", hint="check the --tls-... options"
+        ) from error

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`checkpoint dump`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from checkpoint_cli.follow import follow
+from checkpoint_cli.options import BACKENDS, DURATION, Session, pid_option, session_options, store_option
+from checkpoint_cli.output import duration, short_id, size
+
+EPILOG = """\b
+example:
+  checkpoint dump -p 1234 --tag before-upgrade
+  checkpoint dump -p 1234 --incremental --max-frozen 200ms
+"""
+
+
+@click.command("dump", short_help="Save a running process as a new image.", epilog=EPILOG)
+@pid_option
+@click.option("-i", "--incremental", is_flag=True, help="Save only what changed since the parent image.")
+@click.option(
+    "--parent", default="", metavar="IMAGE", help="Parent of --incremental (default: the last image)."
+)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="How changes are found.")
+@click.option("--kill", is_flag=True, help="Kill the process once the image is safe.")
+@click.option("-s", "--leave-stopped", is_flag=True, help="Leave the process stopped (SIGCONT lets it go).")
+@click.option(
+    "--max-frozen", type=DURATION, default=0, help="Give up rather than freeze it longer, e.g. 200ms."
+)
+@click.option("--compress", default="", metavar="HOW", help="zstd, zstd:LEVEL or none.")
+@click.option("--tag", default="", metavar="NAME", help="Name for the image; tag:NAME finds it.")
+@click.option(
+    "--read-mode", type=click.Choice(["auto", "stopped", "fork"]), default="auto", help="How memory is read."
+)
+@click.option(
+    "--tcp", type=click.Choice(["close"]), default=None, help="Save TCP connections to come back closed."
+)
+@click.option(
+    "--external", multiple=True, metavar="NAME", help="Leave out what restore will be given, e.g. fd:5."
+)
+@store_option
+@session_options
+def command(session: Session, pid: int, max_frozen: int, tcp: str | None, **options: Any) -> None:
+    """Save a running process as a new image.
+
+    The process runs on unless --kill is given, and stays tracked so that a later `dump --incremental` saves
+    only what changed; `untrack` ends that.  Ctrl-C cancels the dump: the process runs on and no image is made.
+    """
+    if options["parent"] and not options["incremental"]:
+        raise click.UsageError("--parent goes with --incremental")
+    with session.client() as client:
+        events = client.dump(pid, max_frozen_us=max_frozen, tcp=tcp or "", **options)
+        summary = follow(session, client, events, f"dump of {pid}")
+    if not session.json:
+        _show(session, summary)
+
+
+def _show(session: Session, summary: dict[str, Any]) -> None:
+    for warning in summary["warnings"]:
+        click.echo(f"checkpoint: {warning}", err=True)
+    if session.quiet:
+        click.echo(summary["image_id"])
+        return
+    kind = f"incremental, parent {short_id(summary['parent_id'])}" if summary["parent_id"] else "full"
+    session.say(f"image {short_id(summary['image_id'])} ({kind}) of pid {summary['pid']}")
+    if summary["backend_reason"]:
+        session.say(f"  changes  found by {summary['backend']}: {summary['backend_reason']}")
+    session.say(
+        f"  pages    {summary['pages_scanned']} scanned: {summary['pages_written']} written, "
+        f"{summary['pages_skipped_parent']} in the parent, {summary['pages_same']} the same, "
+        f"{summary['pages_zero']} zero"
+    )
+    all_bytes = summary["pages_scanned"] * 4096
+    saved = f", saves {100 - 100 * summary['bytes_stored'] / all_bytes:.1f} %" if all_bytes else ""
+    session.say(
+        f"  size     {size(summary['bytes_raw'])}, {size(summary['bytes_stored'])} stored "
+        f"of {size(all_bytes)}{saved}"
+    )
+    session.say(
+        f"  time     frozen {duration(summary['frozen_time'])} (freezing {duration(summary['freezing_time'])}), "
+        f"{duration(summary['total_time'])} in all"
+    )

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`checkpoint export`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import click
+
+from checkpoint_cli.options import IMAGE_HELP, Session, complete_image, session_options, store_option
+from checkpoint_cli.output import print_document, short_id, size
+from checkpointd.errors import CheckpointError, NoSpace, NotPermitted
+
+
+@click.command(
+    "export",
+    short_help="Write an image as one portable file.",
+    epilog="\b\nexample:\n  checkpoint export latest -o redis.ckpt && scp redis.ckpt other:",
+    help="Write an image, its chain flattened, as one file that `checkpoint import` takes anywhere.\n\n"
+    f"{IMAGE_HELP}\n\nThe file holds the process's memory, secrets too: it is made with mode 0600.",
+)
+@click.argument("image", shell_complete=complete_image)
+@click.option(
+    "-o", "--output", required=True, metavar="FILE", help='The file to write; "-" is the standard output.'
+)
+@click.option("-f", "--force", is_flag=True, help="Replace FILE if it exists.")
+@store_option
+@session_options
+def command(session: Session, image: str, output: str, force: bool, store: str) -> None:
+    if output == "-" and sys.stdout.isatty():
+        raise click.UsageError("an image is not for a terminal: redirect the output, or give -o FILE")
+    if output != "-" and not force and os.path.lexists(output):
+        raise click.UsageError(f"{output} exists; --force replaces it")
+    nr_bytes = 0
+    with session.client() as client:
+        parts = client.export(image, store=store)
+        image_id = next(parts).decode("ascii")  # a wrong name fails here, before there is a file
+        with _translated(output), _sink(output, force) as sink:
+            for part in parts:
+                sink.write(part)
+                nr_bytes += len(part)
+    if output == "-":
+        return
+    if session.json:
+        print_document({"image_id": image_id, "file": output, "bytes": nr_bytes})
+    else:
+        session.say(f"image {short_id(image_id)} exported to {output}, {size(nr_bytes)}")
+
+
+@contextlib.contextmanager
+def _sink(output: str, force: bool) -> Iterator[BinaryIO]:
+    """The file to write; it gets its name only when it is whole and on the disk."""
+    if output == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    part = f"{output}.{os.getpid()}.part"
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as sink:
+            yield sink
+            sink.flush()
+            os.fsync(sink.fileno())
+        if force:
+            os.replace(part, output)
+        else:
+            os.link(part, output)  # unlike rename, does not replace what came to be there meanwhile
+            os.unlink(part)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        raise
+
+
+@contextlib.contextmanager
+def _translated(output: str) -> Iterator[None]:
+    import errno  # noqa: PLC0415
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(
+                f"no space left for {output}", hint="free some, or write elsewhere with -o"
+            ) from error
+        kind = NotPermitted if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else CheckpointError
+        raise kind(f"cannot write {output}: {error.strerror}", hint="give another file with -o") from error

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`checkpoint restore`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from checkpoint_cli.follow import follow
+from checkpoint_cli.options import (
+    BACKENDS,
+    IMAGE_HELP,
+    Session,
+    complete_image,
+    session_options,
+    store_option,
+)
+from checkpoint_cli.output import duration, short_id
+
+EPILOG = """\b
+example:
+  checkpoint restore latest
+  checkpoint restore 3f2a --new-pid --tcp close
+"""
+
+
+@click.command(
+    "restore",
+    short_help="Bring an image back as a running process.",
+    epilog=EPILOG,
+    help=f"Bring an image back as a running process.\n\n{IMAGE_HELP}",
+)
+@click.argument("image", shell_complete=complete_image)
+@click.option("--new-pid", is_flag=True, help="Take any free pid instead of the saved one.")
+@click.option("--tcp", type=click.Choice(["close"]), default=None, help="Bring TCP connections back closed.")
+@click.option(
+    "--external", multiple=True, metavar="NAME=PATH", help="Give what the image leaves out, e.g. fd:5=/f."
+)
+@click.option(
+    "--tty", default="", metavar="DEVICE", help='Terminal in place of the saved one; "-" is this one.'
+)
+@click.option(
+    "--backend",
+    "track_backend",
+    type=click.Choice([*BACKENDS, "none"]),
+    default="auto",
+    help="How changes are found from now on; none leaves it untracked.",
+)
+@store_option
+@session_options
+def command(session: Session, image: str, tcp: str | None, tty: str, **options: Any) -> None:
+    if tty == "-":
+        try:
+            tty = os.ttyname(0)
+        except OSError:
+            raise click.UsageError("--tty -: the standard input is not a terminal") from None
+    with session.client() as client:
+        events = client.restore(image, tcp=tcp or "", tty=tty, **options)
+        summary = follow(session, client, events, f"restore of {image}")
+    if session.json:
+        return
+    for warning in summary["warnings"]:
+        click.echo(f"checkpoint: {warning}", err=True)
+    if session.quiet:
+        click.echo(str(summary["pid"]))
+        return
+    session.say(f"image {short_id(summary['image_id'])} runs as pid {summary['pid']}")
+    tracked = f", tracked by {summary['tracking']}" if summary["tracking"] else ""
+    session.say(
+        f"  {summary['nr_threads']} threads, {summary['pages_restored']} pages "
+        f"in {duration(summary['total_time'])}{tracked}"
+    )

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`checkpoint run`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+
+import click
+
+from checkpoint_cli.options import BACKENDS, Session, session_options
+from checkpointd.errors import CheckpointError, UsageError
+
+
+@click.command(
+    "run",
+    short_help="Run a command and track it from its start.",
+    epilog="\b\nexample:\n  checkpoint run -- python3 train.py",
+)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="How changes are found.")
+@click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD [ARG]...")
+@session_options
+def command(session: Session, backend: str, words: tuple[str, ...]) -> int:
+    """Run a command and track its memory from its start, so that its first incremental dump is small.
+
+    Exits as the command does (128 + N when signal N killed it).  If it cannot be tracked it runs all the same, and
+    stderr says why.  Its pid is printed on stderr; with --json as a JSON line.
+    """
+    with session.client() as client:  # before the command starts: nothing to undo when there is no service
+        child = _start(words)
+        try:
+            result = client.track(child.pid, backend=backend)
+            if session.json:
+                click.echo(json.dumps({"message_type": "tracked", **result}), err=True)
+            else:
+                session.note(f"checkpoint: pid {child.pid} is tracked by {result['backend']}")
+        except CheckpointError as error:
+            if child.poll() is None:
+                from checkpoint_cli.main import report  # noqa: PLC0415 - main imports this module
+
+                report(error, as_json=session.json)
+    status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _start(words: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    try:
+        child = subprocess.Popen(words)
+    except OSError as error:
+        raise UsageError(
+            f"cannot run {words[0]}: {error.strerror}", hint="check the command's name"
+        ) from error
+    # The terminal sends Ctrl-C to both of us: the command decides.  Other signals are ours to pass on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, _frame: child.send_signal(number))
+    return child

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`checkpoint show`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from checkpoint_cli.options import IMAGE_HELP, Session, complete_image, session_options, store_option
+from checkpoint_cli.output import local_time, print_document, size
+
+PROT = ((1, "r"), (2, "w"), (4, "x"))
+
+
+@click.command(
+    "show",
+    short_help="Look into an image.",
+    epilog="\b\nexample:\n  checkpoint show latest --vmas",
+    help=f"Look into an image.\n\n{IMAGE_HELP}",
+)
+@click.argument("image", shell_complete=complete_image)
+@click.option("--vmas", is_flag=True, help="List the mappings too.")
+@store_option
+@session_options
+def command(session: Session, image: str, vmas: bool, store: str) -> None:
+    with session.client() as client:
+        answer = client.get(image, store=store)
+    if session.json:
+        print_document(answer)
+        return
+    found = answer["image"]
+    facts = [
+        ("id", found["id"]),
+        ("parent", found["parent_id"] or "none: a full image"),
+        ("tag", found["tag"]),
+        ("created", local_time(found["created_at"])),
+        ("process", f"{found['pid']} ({found['name']})"),
+        ("command", found["cmdline"]),
+        ("host", found["host"]),
+        ("backend", found["backend"]),
+        ("memory", f"{found['nr_pages']} pages, {size(found['nr_pages'] * 4096)}"),
+        ("written", size(found["bytes_raw"])),
+        ("stored", size(found["bytes_stored"])),
+        ("format", str(found["format_version"])),
+    ]
+    for name, value in facts:
+        if value:
+            click.echo(f"{name:9}{value}")
+    state = answer.get("state")
+    if isinstance(state, dict):
+        for name, value in state.items():
+            if isinstance(value, list):
+                click.echo(f"{name:9}{len(value)}")
+        if vmas:
+            _print_vmas(state)
+
+
+def _print_vmas(state: dict[str, Any]) -> None:
+    space = next((value for value in state.values() if isinstance(value, dict) and "vmas" in value), state)
+    for vma in space.get("vmas", []):
+        prot = "".join(letter if vma["prot"] & bit else "-" for bit, letter in PROT)
+        click.echo(
+            f"{vma['start']:012x}-{vma['end']:012x} {prot}{'s' if vma['shared'] else 'p'} "
+            f"{(vma['end'] - vma['start']) >> 12:>8} {vma['kind']:12} {vma['path']}".rstrip()
+        )

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`checkpoint verify`."""
+
+from __future__ import annotations
+
+import click
+
+from checkpoint_cli.follow import follow
+from checkpoint_cli.options import IMAGE_HELP, Session, complete_image, session_options, store_option
+from checkpoint_cli.output import size
+
+
+@click.command(
+    "verify",
+    short_help="Check every byte of images.",
+    epilog="\b\nexample:\n  checkpoint verify latest",
+    help="Read images whole and check every byte of them (all images when none is named).\n\n"
+    f"{IMAGE_HELP}\n\nExits with 12 when damage is found.",
+)
+@click.argument("images", nargs=-1, metavar="[IMAGE]...", shell_complete=complete_image)
+@store_option
+@session_options
+def command(session: Session, images: tuple[str, ...], store: str) -> None:
+    with session.client() as client:
+        for image in images or ("",):
+            what = f"verify of {image or 'all images'}"
+            summary = follow(session, client, client.verify(image, store=store), what)
+            session.say(
+                f"{len(summary['image_ids'])} image{'' if len(summary['image_ids']) == 1 else 's'} whole, "
+                f"{size(summary['bytes_checked'])} checked"
+            )

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `checkpoint`: finds the verb, runs it, and turns errors into sentences and exit codes.
+
+Only click is imported here; each verb is a module of `checkpoint_cli.commands`, imported when it is used, and
+gRPC comes with the first connection.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import click
+
+from checkpointd.errors import CheckpointError
+from checkpointd.version import VERSION
+
+COMMANDS = (
+    *("check", "run", "track", "untrack", "dump", "restore"),
+    *("ls", "show", "verify", "rm", "export", "import"),
+    *("status", "watch", "cancel", "serve", "completion"),
+)
+
+EXIT_CODES = """\b
+exit status:
+   0  done
+   1  failed for another reason
+   2  wrong words on the command line, or a name that means nothing
+   4  there is no such process, or it exited or replaced its program half-way
+   5  not permitted
+   6  the kernel cannot do it
+   7  the process, or the image, holds state that cannot be saved or restored
+   8  something at restore is in the way: a pid taken, a file changed or gone
+   9  there is no such image
+  10  there is no such store
+  11  busy: another dump of the same process, a debugger, a locked store
+  12  an image is damaged or of an unknown format
+  13  the disk is full
+  14  frozen too long, or a deadline passed; the process runs on
+  15  cancelled by somebody else
+  20  no service answers, or one of another version
+ 130  interrupted (Ctrl-C); 143 terminated.  Any other code is a failure too.
+"""
+
+EPILOG = f"""\b
+example:
+  checkpoint dump -p 1234                   save a running process, and track it
+  checkpoint dump -p 1234 --incremental     save what changed since
+  checkpoint ls
+  checkpoint restore latest                 bring it back
+
+{EXIT_CODES}"""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are modules, imported when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"checkpoint_cli.commands.{cmd_name.replace('import', 'import_')}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # the base class offers near misses from `self.commands`, which stays empty here
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in COMMANDS:
+            import difflib  # noqa: PLC0415 - only for a mistake
+
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(VERSION, message="checkpoint %(version)s")
+def cli() -> None:
+    """Save running processes, later only what changed in them, and bring any of those states back.
+
+    A service that works for you starts by itself when none runs.  Every command takes --json.
+    """
+
+
+def main() -> None:
+    """Entry point; exits."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; returns the exit status."""
+    as_json = "--json" in arguments[: arguments.index("--")] if "--" in arguments else "--json" in arguments
+    try:
+        result = cli.main(arguments, prog_name="checkpoint", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        if as_json:
+            _print_error_json(
+                {"reason": "USAGE", "message": error.format_message(), "exit_code": error.exit_code}
+            )
+        else:
+            error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        _drop_stdout()
+        return 1
+    except CheckpointError as error:
+        report(error, as_json=as_json)
+        return int(error.details.get("exit_status", error.exit_code))
+
+
+def report(error: CheckpointError, *, as_json: bool) -> None:
+    """Say what failed, and what to do next, on stderr."""
+    if as_json:
+        _print_error_json(error.to_dict())
+        return
+    click.echo(f"checkpoint: {error.message}", err=True)
+    for blocker in error.details.get("blockers", ()):
+        click.echo(f"  - {blocker}", err=True)
+    if error.details.get("blockers_left_out"):
+        click.echo(f"  - and {error.details['blockers_left_out']} more", err=True)
+    if error.hint:
+        click.echo(f"  {error.hint}", err=True)
+
+
+def _print_error_json(values: dict[str, Any]) -> None:
+    click.echo(json.dumps({"message_type": "error", **values}), err=True)
+
+
+def _drop_stdout() -> None:
+    """Nobody reads us any more: keep the interpreter from complaining about it at exit."""
+    import os  # noqa: PLC0415 - only for this case
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How results look: JSON, tables, sizes and times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+
+def print_document(value: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_line(value: Any) -> None:
+    """One line of JSON lines on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Columns as wide as they need; those named in `right` are numbers."""
+    widths = [max(len(row[at]) for row in (header, *rows)) for at in range(len(header))]
+    for row in (header, *rows):
+        cells = [
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for cell, width, name in zip(row, widths, header, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+def size(nr_bytes: int) -> str:
+    """E.g. "512 B", "1.4 MiB"."""
+    value = float(nr_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{int(value)} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def duration(microseconds: int) -> str:
+    """E.g. "850 us", "3.1 ms", "2.4 s"."""
+    if microseconds < 1000:
+        return f"{microseconds} us"
+    if microseconds < 1_000_000:
+        return f"{microseconds / 1e3:.1f} ms"
+    return f"{microseconds / 1e6:.1f} s"
+
+
+def short_id(image_id: str) -> str:
+    return image_id[:12]
+
+
+def local_time(rfc3339: str | None) -> str:
+    """In this user's time zone, to the second; "-" for none."""
+    import datetime  # noqa: PLC0415 - 5 ms that most commands do not need
+
+    if not rfc3339:
+        return "-"
+    return datetime.datetime.fromisoformat(rfc3339).astimezone().strftime("%Y-%m-%d %H:%M:%S")
