@@ -93,6 +93,7 @@ class ImageBuilder:
         self._free: queue.LifoQueue[PackWriter] = queue.LifoQueue()
         self._mutex = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="image-flush") if sync else None
         self._parts: dict[int, list[tuple[PageNumbers, U64]]] = {}
         self._counts = PageCounts()
         self._nr_inherited = 0
@@ -280,7 +281,7 @@ class ImageBuilder:
         with self._mutex:
             if len(self._writers) >= self._nr_threads:
                 return None
-            writer = PackWriter(f"{len(self._writers)}.pack", self._dir_fd, self._compression)
+            writer = PackWriter(f"{len(self._writers)}.pack", self._dir_fd, self._compression, self._flusher)
             self._writers.append(writer)
             return writer
 
@@ -299,7 +300,7 @@ class ImageBuilder:
         pack_ids = [pack.id for pack in self._parent.packs] if self._parent else []
         written: list[tuple[str, PackWriter]] = []
         for writer in self._writers:
-            pack_id = writer.finish(sync=self._sync) if writer.nr_pages else ""
+            pack_id = writer.finish() if writer.nr_pages else ""
             pack_ids.append(pack_id)
             if pack_id:
                 written.append((pack_id, writer))
@@ -424,6 +425,8 @@ class ImageBuilder:
 
     def _close(self) -> None:
         self._done = True
+        if self._flusher is not None:
+            self._flusher.shutdown(wait=True, cancel_futures=True)
         for writer in self._writers:
             writer.close()
         os.close(self._dir_fd)

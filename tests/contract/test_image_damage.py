@@ -189,7 +189,7 @@ def test_a_missing_file_is_named(original, damaged_copy, file_number):
 def test_a_disk_that_cannot_read_is_damage(original, monkeypatch):
     path, truth = original
     store = Store.open(path)
-    image_id = list(truth)[0]
+    image_id = next(iter(truth))
     image = store.load(image_id)
 
     def broken(*args):

@@ -18,6 +18,7 @@ import pytest
 
 from checkpointd import tracepoint
 from checkpointd.errors import CheckpointError, NoSpace
+from checkpointd.image import pack
 from checkpointd.image.consolidate import ConsolidationPolicy
 from checkpointd.image.store import Store
 
@@ -59,7 +60,7 @@ def check_all(path, numbers):
 
 
 def nothing_left_over(store):
-    referred = {f"{pack.id}.pack" for info in store.images() for pack in store.load(info.id).packs}
+    referred = {f"{one.id}.pack" for info in store.images() for one in store.load(info.id).packs}
     assert set(os.listdir(f"{store.path}/packs")) == referred
     assert os.listdir(f"{store.path}/tmp") == []
 
@@ -90,13 +91,14 @@ class FailAfter:
         return self.function(*args, **kwargs)
 
 
-REAL = {name: getattr(os, name) for name in ("pwrite", "fsync", "link", "rename", "mkdir", "open")}
+REAL = {name: getattr(os, name) for name in ("pwrite", "fsync", "fdatasync", "link", "rename", "mkdir")}
 
 
-@pytest.mark.parametrize("name", ["pwrite", "fsync", "link", "rename", "mkdir"])
+@pytest.mark.parametrize("name", ["pwrite", "fsync", "fdatasync", "link", "rename", "mkdir"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_any_call_may_fail(store, monkeypatch, name, number):
     """Fail the 1st, 2nd, ... call until the dump gets through: each time nothing is lost and nothing is left."""
+    monkeypatch.setattr(pack, "_FLUSH_BYTES", 64 << 10)
     times = 0
     while True:
         failing = FailAfter(REAL[name], times, number)
