@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of seccomp(2).
+
+Source: seccomp(2), Linux include/uapi/linux/seccomp.h.
+"""
+
+from __future__ import annotations
+
+RET_KILL_PROCESS = 0x8000_0000
+RET_KILL_THREAD = 0x0000_0000
+RET_TRAP = 0x0003_0000
+RET_ERRNO = 0x0005_0000
+RET_USER_NOTIF = 0x7FC0_0000
+RET_TRACE = 0x7FF0_0000
+RET_LOG = 0x7FFC_0000
+RET_ALLOW = 0x7FFF_0000
+RET_ACTION_FULL = 0xFFFF_0000
+
+MODE_DISABLED = 0
+MODE_STRICT = 1
+MODE_FILTER = 2
+
+AUDIT_ARCH_X86_64 = 0xC000_003E
+
+ACTION_NAMES = {
+    RET_KILL_PROCESS: "KILL_PROCESS",
+    RET_KILL_THREAD: "KILL_THREAD",
+    RET_TRAP: "TRAP",
+    RET_ERRNO: "ERRNO",
+    RET_USER_NOTIF: "USER_NOTIF",
+    RET_TRACE: "TRACE",
+    RET_LOG: "LOG",
+    RET_ALLOW: "ALLOW",
+}

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""May this process be attached to, and if not, why: asked before the freeze and after a refusal."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from checkpointd.errors import Busy, CheckpointError, NotPermitted, TargetGone, Unsupported, UsageError
+from checkpointd.procfs import process
+
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_DEAD = frozenset("ZXx")
+
+
+def gone(pid: int) -> TargetGone:
+    return TargetGone(f"process {pid} is gone", hint="check the pid with ps", pid=pid)
+
+
+def _zombie(pid: int) -> Unsupported:
+    return Unsupported(
+        f"the main thread of process {pid} has exited (zombie)",
+        hint="there is nothing to save of a zombie; a program whose main thread ended is not supported",
+        pid=pid,
+        blockers=[f"the main thread of process {pid} has exited (zombie)"],
+    )
+
+
+def check_attachable(pid: int) -> None:
+    """Refuse what can be known to fail without touching it.
+
+    Raises:
+        UsageError: our own process, or a thread id.
+        TargetGone: no such process.
+        Unsupported: kernel thread, zombie.
+        Busy: another tracer is attached.
+    """
+    if pid == os.getpid():
+        raise UsageError(
+            f"process {pid} is this program itself", hint="give the pid of another process", pid=pid
+        )
+    if pid <= 0:
+        raise UsageError(f"{pid} is no process id", hint="process ids are positive numbers")
+    try:
+        stat = process.read_stat(pid)
+        status = process.read_status(pid)
+    except OSError as error:
+        raise gone(pid) from error
+    if int(status.get("Tgid", pid)) != pid:
+        raise UsageError(
+            f"{pid} is a thread of process {status['Tgid']}", hint=f"use pid {status['Tgid']}", pid=pid
+        )
+    if stat.flags & process.PF_KTHREAD:
+        raise Unsupported(
+            f"process {pid} ({stat.comm}) is a kernel thread",
+            hint="kernel threads have no memory of their own to save",
+            pid=pid,
+            blockers=[f"process {pid} is a kernel thread"],
+        )
+    if stat.state in _DEAD:
+        raise _zombie(pid)
+    _check_tracer(pid, status)
+
+
+def _check_tracer(pid: int, status: dict[str, str]) -> None:
+    tracer = int(status.get("TracerPid", "0"))
+    if tracer:
+        try:
+            name = f"{tracer} ({process.comm(tracer)})"
+        except OSError:
+            name = str(tracer)
+        raise Busy(
+            f"process {pid} is already traced by process {name}",
+            hint="end the debugger, strace or other checkpoint that is attached to it",
+            pid=pid,
+            tracer_pid=tracer,
+        )
+
+
+def is_dead_thread(pid: int, tid: int) -> bool:
+    """Has the thread exited (or gone)?"""
+    try:
+        return process.read_stat(pid, tid).state in _DEAD
+    except (OSError, ValueError):
+        return True
+
+
+def explain_refusal(pid: int, tid: int) -> CheckpointError | None:
+    """Why PTRACE_SEIZE said EPERM; None when the thread is just exiting."""
+    try:
+        status = process.read_status(pid, tid)
+    except OSError:
+        return None
+    if status.get("State", "?")[0] in _DEAD:
+        return _zombie(pid) if tid == pid else None
+    try:
+        _check_tracer(pid, status)
+    except Busy as busy:
+        return busy
+    return NotPermitted(
+        f"not permitted to trace process {pid}", hint=_permission_hint(status), pid=pid, tid=tid
+    )
+
+
+def _permission_hint(status: dict[str, str]) -> str:
+    uid, ours = int(status.get("Uid", "0").split()[0]), os.geteuid()
+    if ours not in (0, uid):
+        return f"the process belongs to uid {uid}, you are {ours}: run as that user or with CAP_SYS_PTRACE"
+    try:
+        scope = int(_YAMA.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        scope = 0
+    if scope == 3:
+        return "kernel.yama.ptrace_scope is 3: nobody may trace until the next boot"
+    if scope:
+        return f"kernel.yama.ptrace_scope is {scope}: run with CAP_SYS_PTRACE, or set it to 0"
+    if ours:
+        return "the process is not dumpable (set-user-id, or PR_SET_DUMPABLE): run with CAP_SYS_PTRACE"
+    return "CAP_SYS_PTRACE is missing in the user namespace of the process, or a security module forbids it"
+
+
+def wait_until_interruptible(pid: int, tids: list[int], deadline: float) -> None:
+    """Wait until every thread was seen out of uninterruptible sleep (vfork, disk).
+
+    A thread attached to while in such a sleep could not be let go before it ends, so it is not attached to at all.
+
+    Args:
+        deadline: time.monotonic() at which to give up.
+
+    Raises:
+        Busy: a thread stays in it.
+    """
+    for tid in tids:
+        while True:
+            try:
+                state = process.read_stat(pid, tid).state
+            except (OSError, ValueError):
+                break
+            if state != "D":
+                break
+            if time.monotonic() >= deadline:
+                raise uninterruptible(pid, [tid])
+            time.sleep(0.001)
+
+
+def uninterruptible(pid: int, tids: list[int]) -> Busy:
+    return Busy(
+        f"thread {tids[0]} of process {pid} is in an uninterruptible sleep and cannot be stopped now",
+        hint="it waits for a vfork child or for a device; try again when that is over",
+        pid=pid,
+        tids=tids,
+    )

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forked copy: the target's memory as it was, held by a child that never runs, while the target goes on.
+
+The child is made by clone(2) inside the target with
+
+* CLONE_PTRACE: it is born stopped and traced by us, and dies with us (PTRACE_O_EXITKILL, set on it alone);
+* CLONE_FILES and CLONE_FS: it shares the table of descriptors, so it keeps no pipe, lock or socket open;
+* no exit signal: the target gets no SIGCHLD, and its plain waits do not see the child.
+
+What to know: its memory is charged to the target's cgroup as the target writes (oom_score_adj 1000 makes the OOM killer
+take the copy first: the dump then fails, the target does not); MADV_DONTFORK and shared memory are not in it;
+read it by /proc/PID/mem only (process_vm_readv un-shares every page).  `close` ends it; its remains are a zombie of
+the target until `Frozen.reap_copy`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from checkpointd.errors import CheckpointError, Unsupported
+from checkpointd.linux import ptrace
+from checkpointd.procfs import process
+from checkpointd.target.remote import Call
+from checkpointd.tracepoint import hit
+
+if TYPE_CHECKING:
+    from checkpointd.target.inject import Injection
+
+_CLONE_FS, _CLONE_FILES, _CLONE_PTRACE = 0x200, 0x400, 0x2000
+_NR_WAIT4 = 61
+_WNOHANG, _WALL = 1, 0x4000_0000
+_BORN_TIMEOUT_S = 5.0
+
+
+class ForkedCopy:
+    """A stopped child with the target's memory; close it on the thread that made it, or by ending that thread.
+
+    Attributes:
+        pid: in our pid namespace.
+        pid_inside: in the target's.
+        parent: the target.
+    """
+
+    def __init__(self, pid: int, pid_inside: int, parent: int) -> None:
+        self.pid, self.pid_inside, self.parent = pid, pid_inside, parent
+        self._open = True
+
+    def close(self) -> None:
+        """Kill it and wait until its memory is free.  Any thread may do so."""
+        if not self._open:
+            return
+        self._open = False
+        hit("fork.close")
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        ptrace.reap(self.pid, block=True)
+        hit("fork.closed")
+
+    def __enter__(self) -> ForkedCopy:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def fork_copy(remote: Injection) -> ForkedCopy:
+    """Fork the target inside an injection.
+
+    Raises:
+        Unsupported: it may not fork (limits, memory, seccomp); nothing has happened.
+    """
+    before = _children(remote.pid)
+    hit("fork.begin")
+    inside = remote.fork(_CLONE_PTRACE | _CLONE_FILES | _CLONE_FS)
+    hit("fork.forked")
+    if inside < 0:
+        name = errno.errorcode.get(-inside, str(-inside))
+        raise Unsupported(
+            f"process {remote.pid} cannot be forked ({name})",
+            hint="its limits on processes or memory are reached; dump it stopped instead",
+            pid=remote.pid,
+            blockers=[f"fork inside process {remote.pid} failed with {name}"],
+        )
+    child = _child_here(remote.pid, inside, before)
+    copy = ForkedCopy(child, inside, remote.pid)
+    try:
+        _wait_born(child)
+        hit("fork.born")
+        ptrace.set_options(child, ptrace.O_TRACESYSGOOD | ptrace.O_EXITKILL)
+        hit("fork.exitkill")
+        Path(f"/proc/{child}/oom_score_adj").write_text("1000", encoding="ascii")
+        hit("fork.done")
+    except BaseException:
+        copy.close()
+        raise
+    return copy
+
+
+def reap_copy(remote: Injection, copy: ForkedCopy) -> bool:
+    """wait4 for the dead copy inside the target; True when it was there."""
+    result = remote.batch([Call(_NR_WAIT4, (copy.pid_inside, 0, _WALL | _WNOHANG, 0))])[0]
+    return result == copy.pid_inside
+
+
+def _children(pid: int) -> set[int]:
+    """Children of the leader, in our namespace; empty where the kernel has no list."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+    except OSError:
+        return set()
+    return {int(part) for part in text.split()}
+
+
+def _child_here(parent: int, inside: int, before: set[int]) -> int:
+    """The child's pid in our pid namespace, given that in the target's."""
+    if len(process.read_status(parent)["NSpid"].split()) == 1:
+        return inside
+    for child in _children(parent) - before:
+        if int(process.read_status(child)["NSpid"].split()[-1]) == inside:
+            return child
+    raise CheckpointError(
+        f"the forked copy of process {parent} was not found",
+        hint="its pid namespace cannot be translated on this kernel (CONFIG_PROC_CHILDREN)",
+        pid=parent,
+    )
+
+
+def _wait_born(child: int) -> None:
+    deadline = time.monotonic() + _BORN_TIMEOUT_S
+    while True:
+        status = ptrace.peek_wait(child, block=False)
+        if status is not None:
+            if status.exited:
+                raise CheckpointError(f"the forked copy {child} was killed at once", pid=child)
+            ptrace.take_stop(child)
+            return
+        if time.monotonic() > deadline:
+            raise CheckpointError(f"the forked copy {child} did not stop", pid=child)
+        time.sleep(0.00005)

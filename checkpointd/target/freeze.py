@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stopping all threads of a process, and letting them go as if nothing had happened.
+
+`freeze(pid)` gives a `Frozen`; its `thaw` (or leaving the `with` block) lets go.  Everything must happen on
+one thread of ours: ptrace belongs to threads.  Our death at any instant thaws: no option or state is used that
+outlives us.  A target that was stopped (SIGSTOP) is stopped again after the thaw, by the kernel.
+
+Order: every thread is seized, leader first, and interrupted; the list of threads is read again until it shows nothing
+new while all are stopped; threads that stand in code a dead agent left are let run home first; then registers, masks
+and rseq are read.  A thread inside an rseq critical section is moved to its abort address at once, as the kernel
+would do; a system call that would report a false EINTR is made to go on (`restartable`).
+
+Times are microseconds; `frozen_at_ns` is CLOCK_MONOTONIC.
+
+Raises: TargetGone, TargetExeced, NotPermitted, Busy, Unsupported, UsageError, each with all threads let go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from checkpointd.errors import Busy, TargetExeced, Unsupported
+from checkpointd.linux import ptrace
+from checkpointd.linux.process_vm import MemFile
+from checkpointd.linux.ptrace import RseqConfig
+from checkpointd.procfs import maps, process
+from checkpointd.target import attachable, restartable, undertaker
+from checkpointd.target.fork import ForkedCopy, fork_copy, reap_copy
+from checkpointd.target.inject import Injection, injection
+from checkpointd.target.registers import CS_64BIT, UserRegs
+from checkpointd.target.restartable import BlockedCall
+from checkpointd.target.slot import LeftBehind, SlotPlace, exe_identity, find_places, is_go_program
+from checkpointd.tracepoint import hit
+
+__all__ = ["Frozen", "FrozenThread", "RseqConfig", "freeze"]
+
+# TRACESYSGOOD: without it our death at a system call stop would send SIGTRAP.  Never EXITKILL.
+_OPTIONS = ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC
+_SIGTRAP = 5
+_LINGER_S = 60.0
+_MAX_WAYS_HOME = 200
+_WORD = 8
+_RSEQ_CS = struct.Struct("=IIQQQ")  # version, flags, start_ip, post_commit_offset, abort_ip
+
+
+@dataclass(slots=True)
+class FrozenThread:
+    """One stopped thread.
+
+    Attributes:
+        regs: registers as they will be at the thaw.
+        sigmask: blocked signals (the saved mask inside ppoll, pselect, sigsuspend).
+        group_stopped: SIGSTOP or the like holds it besides us.
+        rseq: its rseq registration.
+        blocked: the call it was found asleep in just before the freeze, with the time slept.
+    """
+
+    tid: int
+    regs: UserRegs
+    sigmask: int
+    group_stopped: bool
+    rseq: RseqConfig | None
+    blocked: BlockedCall | None = None
+
+
+@dataclass
+class Frozen:
+    """A process all of whose threads are stopped by us."""
+
+    pid: int
+    threads: dict[int, FrozenThread] = field(default_factory=dict)
+    freezing_time_us: int = 0
+    frozen_at_ns: int = 0
+    _held: dict[int, bool] = field(default_factory=dict)  # seized threads: stopped by a group stop?
+    _mem: MemFile | None = None
+    _places: list[SlotPlace] | None = None
+    _nr_places_used: int = 0
+    _is_go: bool = False
+    _injecting: bool = False
+
+    @property
+    def leader(self) -> FrozenThread:
+        return self.threads[self.pid]
+
+    # ---- for those who work on the frozen target
+
+    @property
+    def mem(self) -> MemFile:
+        """/proc/PID/mem of the frozen address space, for reading and writing."""
+        if self._mem is None:
+            self._mem = MemFile(self.pid, writable=True)
+        return self._mem
+
+    def inject(self, *, scratch_bytes: int | None = None) -> AbstractContextManager[Injection]:
+        """System calls inside the target: `with frozen.inject() as remote: ...`.
+
+        One at a time.  An exception inside the block runs the last batch's undo table on the way out.
+
+        Args:
+            scratch_bytes: room for `put` and `alloc`; it grows by itself when that is too little.
+
+        Raises:
+            Unsupported: this target cannot be injected into; says why.
+            TargetGone: it died.
+        """
+        return self._one_injection(scratch_bytes)
+
+    @contextlib.contextmanager
+    def _one_injection(self, scratch_bytes: int | None) -> Iterator[Injection]:
+        if self._injecting:
+            raise RuntimeError("an injection is open already: one at a time")
+        self._injecting = True
+        try:
+            with injection(self, scratch_bytes) as remote:
+                yield remote
+        finally:
+            self._injecting = False
+            self._nr_places_used = 0
+
+    def child_fork(self, remote: Injection | None = None) -> ForkedCopy:
+        """A frozen copy of the target's memory: a forked child that never runs.  See `fork.fork_copy`."""
+        if remote is not None:
+            return fork_copy(remote)
+        with self.inject() as own:
+            return fork_copy(own)
+
+    def reap_copy(self, copy: ForkedCopy, remote: Injection | None = None) -> bool:
+        """Take the closed copy's remains out of the target's list of children; False when there are none."""
+        if remote is not None:
+            return reap_copy(remote, copy)
+        with self.inject() as own:
+            return reap_copy(own, copy)
+
+    # ---- for the injection
+
+    @property
+    def is_go(self) -> bool:
+        self._look_for_places()
+        return self._is_go
+
+    def free_place(self) -> SlotPlace | None:
+        """A place for a slot that no injection of this freeze holds."""
+        self._look_for_places()
+        assert self._places is not None
+        if self._nr_places_used >= min(len(self._places), 2):
+            # a finished thread's place is zero again: all but the leader's take turns
+            return self._places[1] if len(self._places) > 1 and self._nr_places_used else None
+        self._nr_places_used += 1
+        return self._places[self._nr_places_used - 1]
+
+    def _look_for_places(self) -> None:
+        if self._places is None:
+            vmas = maps.read_maps(self.pid)
+            exe = exe_identity(self.pid)
+            self._places = find_places(self.mem, vmas, [thread.regs for thread in self.threads.values()], exe)
+            self._is_go = is_go_program(self.mem, vmas, exe)
+
+    def ids_inside(self, tid: int) -> tuple[int, int]:
+        """(pid, tid) in the target's own pid namespace."""
+        status = process.read_status(self.pid, tid)
+        return int(status["NStgid"].split()[-1]), int(status["NSpid"].split()[-1])
+
+    def force_write(self, address: int, data: bytes) -> None:
+        """Write past page protection; by ptrace where the kernel forbids it to /proc/PID/mem."""
+        try:
+            self.mem.write(address, data)
+        except OSError:
+            padded = data + self.mem.read(address + len(data), -len(data) % _WORD)
+            ptrace.poke(self.pid, address, padded)
+
+    # ---- letting go
+
+    def thaw(self) -> None:
+        """Let every thread go; does nothing the second time.  Dead threads are reaped."""
+        hit("thaw.begin")
+        undertaker.get().forget(self.pid)
+        # the leader last: its death is reported only after all others are reaped
+        order = sorted(self._held, key=lambda tid: tid == self.pid)
+        failure: BaseException | None = None
+        for tid in (*order, *order):  # twice: an exception (Ctrl-C) must leave no thread behind
+            if tid not in self._held:
+                continue
+            try:
+                _release(self.pid, tid)
+                del self._held[tid]
+                hit("thaw.released")
+            except BaseException as error:
+                failure = error
+        if self._mem is not None:
+            self._mem.close()
+            self._mem = None
+        hit("thaw.done")
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> Frozen:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.thaw()
+
+
+def freeze(pid: int, *, timeout_s: float = 5.0) -> Frozen:
+    """Stop all threads of a process.
+
+    Args:
+        timeout_s: how long to try; then everything is let go again.
+
+    Raises:
+        TargetGone, TargetExeced: it ended, or replaced its program, meanwhile.
+        NotPermitted: ptrace access is refused; the hint says by what.
+        Busy: somebody else traces it, or a thread cannot be stopped now.  When `details` has `stragglers`, those
+            threads could not be detached from either: the calling process must end to let them go.
+        Unsupported: kernel thread, zombie, 32-bit code.
+        UsageError: our own process, or not a process id.
+    """
+    attachable.check_attachable(pid)
+    deadline = time.monotonic() + timeout_s
+    try:
+        tids = process.thread_ids(pid)
+    except OSError as error:
+        raise attachable.gone(pid) from error
+    attachable.wait_until_interruptible(pid, tids, deadline)
+    blocked = restartable.sample(pid, tids, restartable.TIMED_CALLS)
+    frozen = Frozen(pid)
+    try:
+        started_ns = time.monotonic_ns()
+        _stop_all(frozen, deadline)
+        frozen.frozen_at_ns = time.monotonic_ns()
+        frozen.freezing_time_us = (frozen.frozen_at_ns - started_ns) // 1000
+        _read_threads(frozen, blocked)
+    except BaseException as error:
+        try:
+            if isinstance(error, ProcessLookupError):
+                raise attachable.gone(pid) from error
+            raise
+        finally:
+            frozen.thaw()
+    hit("freeze.done")
+    return frozen
+
+
+def _stop_all(frozen: Frozen, deadline: float) -> None:
+    pid = frozen.pid
+    undertaker.get().watch(pid, frozen._held)
+    ways_home = 0
+    while True:
+        pending = _seize_new(frozen)
+        if pending:
+            _wait_stopped(frozen, pending, deadline)
+            continue
+        if pid not in frozen._held:
+            raise attachable.gone(pid)
+        at_large = _in_left_behind(frozen)
+        if not at_large:
+            return
+        ways_home += 1
+        if ways_home > _MAX_WAYS_HOME or time.monotonic() > deadline:
+            # it is stuck there (a call that blocks): an ordinary place to stand, the next slot goes elsewhere
+            return
+        for tid in at_large:
+            ptrace.cont(tid)
+        time.sleep(0.0002)
+        for tid in at_large:
+            ptrace.interrupt(tid)
+        _wait_stopped(frozen, set(at_large), deadline)
+
+
+def _in_left_behind(frozen: Frozen) -> list[int]:
+    """Threads on their way home through a dead agent's slot or runner."""
+    left_behind = LeftBehind(frozen.mem)
+    return [tid for tid in frozen._held if left_behind.holds(UserRegs.from_bytes(ptrace.get_regs(tid)).rip)]
+
+
+def _seize_new(frozen: Frozen) -> set[int]:
+    """Seize and interrupt the threads not held yet; those now on their way to a stop."""
+    pid = frozen.pid
+    try:
+        tids = process.thread_ids(pid)
+    except OSError as error:
+        raise attachable.gone(pid) from error
+    new = [tid for tid in tids if tid not in frozen._held]
+    new.sort(key=lambda tid: tid != pid)
+    pending = set()
+    for tid in new:
+        try:
+            hit("freeze.seize")
+            # held before it is seized: an interruption (Ctrl-C) right behind the call must not lose it
+            frozen._held[tid] = False
+            ptrace.seize(tid, _OPTIONS)
+            hit("freeze.seized")
+        except ProcessLookupError:
+            del frozen._held[tid]
+            continue
+        except PermissionError as error:
+            del frozen._held[tid]
+            reason = attachable.explain_refusal(pid, tid)
+            if reason is None:
+                continue  # it is just exiting
+            raise reason from error
+        try:
+            ptrace.interrupt(tid)
+            hit("freeze.interrupted")
+        except ProcessLookupError:
+            pass  # exiting: the wait will tell
+        pending.add(tid)
+    return pending
+
+
+def _wait_stopped(frozen: Frozen, pending: set[int], deadline: float) -> None:
+    """Wait for the EVENT_STOP of every thread in `pending` (emptied on the way)."""
+    pid = frozen.pid
+    nr_idle = 0
+    while pending:
+        progress = False
+        for tid in tuple(pending):
+            try:
+                status = ptrace.peek_wait(tid, block=False)
+            except ChildProcessError:  # reaped by the undertaker, or gone in an execve
+                status = ptrace.WaitStatus(True, 0)
+            if status is not None and _settled(frozen, tid, status):
+                pending.discard(tid)
+                progress = True
+        if progress:
+            nr_idle = 0
+            continue
+        nr_idle += 1
+        if nr_idle < 50:
+            os.sched_yield()
+            continue
+        time.sleep(0.00005 if nr_idle < 100 else 0.001)
+        if time.monotonic() > deadline:
+            _give_up(frozen, pending)
+        if nr_idle % 100 == 0 and attachable.is_dead_thread(pid, pid):
+            raise attachable.explain_refusal(pid, pid) or attachable.gone(pid)
+
+
+def _settled(frozen: Frozen, tid: int, status: ptrace.WaitStatus) -> bool:
+    """Act on what the wait saw; True when nothing more is awaited of the thread."""
+    if status.exited:
+        if tid == frozen.pid:
+            raise attachable.gone(frozen.pid)
+        ptrace.reap(tid)
+        frozen._held.pop(tid, None)
+        return True
+    if status.event == ptrace.EVENT_STOP:
+        ptrace.take_stop(tid)
+        frozen._held[tid] = status.signal != _SIGTRAP
+        hit("freeze.stopped")
+        return True
+    if status.event == ptrace.EVENT_EXEC:
+        ptrace.take_stop(tid)
+        raise TargetExeced(
+            f"process {frozen.pid} replaced its program (execve) while it was being stopped",
+            hint="try again: it is another program now",
+            pid=frozen.pid,
+        )
+    # a signal on its way: deliver it, never keep it (it would be in no image and lost if we died)
+    with contextlib.suppress(ProcessLookupError):
+        hit("freeze.signal")
+        ptrace.cont(tid, status.signal if status.code != ptrace.SYSCALL_STOP else 0)
+        hit("freeze.signal_passed")
+        ptrace.interrupt(tid)
+    return False
+
+
+def _give_up(frozen: Frozen, pending: set[int]) -> None:
+    """The deadline has passed: let the stopped ones go at once, the others as soon as they can be.
+
+    A thread that is not stopped cannot be detached from.  It would stop for us the moment its sleep ends, so we
+    stay until then.
+    """
+    stopped = [tid for tid in frozen._held if tid not in pending]
+    for tid in stopped:
+        _release(frozen.pid, tid)
+        frozen._held.pop(tid, None)
+    error = attachable.uninterruptible(frozen.pid, sorted(pending))
+    linger_until = time.monotonic() + _LINGER_S
+    while frozen._held and time.monotonic() < linger_until:
+        for tid in tuple(frozen._held):
+            try:
+                status = ptrace.peek_wait(tid, block=False)
+            except ChildProcessError:
+                status = ptrace.WaitStatus(True, 0)
+            if status is not None:
+                _release(frozen.pid, tid)
+                frozen._held.pop(tid, None)
+        time.sleep(0.001)
+    if frozen._held:
+        stragglers = sorted(frozen._held)
+        frozen._held.clear()
+        raise Busy(error.message, hint=error.hint, pid=frozen.pid, stragglers=stragglers)
+    raise error
+
+
+def _release(pid: int, tid: int) -> None:
+    """Detach from one thread, whatever state it is in."""
+    try:
+        ptrace.detach(tid)
+        return
+    except ProcessLookupError:
+        pass
+    # not stopped: dead, or running (we were interrupted half-way)
+    nr_tries = 0
+    while True:
+        try:
+            status = ptrace.peek_wait(tid, block=False)
+        except ChildProcessError:
+            return
+        try:
+            if status is None:
+                ptrace.interrupt(tid)
+                nr_tries += 1
+                if nr_tries > 20:
+                    time.sleep(0.0005)
+            elif status.exited:
+                _bury(pid, tid)
+                return
+            else:
+                plain = not status.event and status.code != ptrace.SYSCALL_STOP
+                ptrace.detach(tid, status.signal if plain else 0)
+                return
+        except ProcessLookupError:
+            if status is None and not _is_traced_by_us(pid, tid):
+                return
+
+
+def _is_traced_by_us(pid: int, tid: int) -> bool:
+    try:
+        return int(process.read_status(pid, tid)["TracerPid"]) == threading.get_native_id()
+    except (OSError, KeyError, ValueError):
+        return False
+
+
+def _bury(pid: int, tid: int) -> None:
+    """Reap a dead thread, but leave a process that is our own child to whoever started it."""
+    if tid == pid:
+        try:
+            if process.read_stat(pid).ppid == os.getpid():
+                return
+        except (OSError, ValueError):
+            return
+    ptrace.reap(tid)
+
+
+def _read_threads(frozen: Frozen, blocked: dict[int, BlockedCall]) -> None:
+    hit("freeze.all_stopped")
+    for tid, group_stopped in sorted(frozen._held.items()):
+        regs = UserRegs.from_bytes(ptrace.get_regs(tid))
+        if regs.cs != CS_64BIT:
+            raise Unsupported(
+                f"thread {tid} of process {frozen.pid} runs 32-bit code",
+                hint="only 64-bit programs can be saved",
+                pid=frozen.pid,
+                blockers=[f"thread {tid} of process {frozen.pid} runs 32-bit code"],
+            )
+        rseq = ptrace.get_rseq(tid)
+        changed = restartable.fix_spurious_eintr(regs, frozen.pid, tid, blocked.get(tid), frozen.frozen_at_ns)
+        if rseq is not None and _abort_critical_section(frozen.mem, rseq, regs):
+            changed = True
+        if changed:
+            ptrace.set_regs(tid, regs.to_bytes())
+            hit("freeze.registers_fixed")
+        frozen.threads[tid] = FrozenThread(
+            tid, regs, ptrace.get_sigmask(tid), group_stopped, rseq, blocked.get(tid)
+        )
+
+
+def _abort_critical_section(mem: MemFile, rseq: RseqConfig, regs: UserRegs) -> bool:
+    """Move a thread out of its rseq critical section, as the kernel does for a preempted one.
+
+    Injection moves rip away, upon which the kernel forgets that a section was being run: it would go on
+    afterwards as if it had never been disturbed, on another CPU perhaps.
+    """
+    try:
+        section = int.from_bytes(mem.read(rseq.pointer + 8, 8), "little")
+        if not section:
+            return False
+        _, _, start, length, abort = _RSEQ_CS.unpack(mem.read(section, _RSEQ_CS.size))
+    except OSError:
+        return False  # the program left a bad pointer: the kernel will judge it
+    if not 0 <= regs.rip - start < length:
+        return False
+    regs.rip = abort
+    regs.leave_syscall()
+    return True

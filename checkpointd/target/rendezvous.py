@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meeting a running thread of the target at an agreed instruction, without harm if we do not come.
+
+The thread sends itself a signal whose delivery does nothing.  While it is traced even an ignored signal stops
+it and is shown to the tracer; without a tracer the kernel drops it.  Other stops on the way (group stops, a
+SIGSTOP) are passed on.  Signal stops are only looked at, never taken: see `ptrace.peek_wait`.
+
+Source: Linux kernel/signal.c (sig_ignored, ptrace_signal), facts measured on 6.18.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+
+from checkpointd.errors import TargetExeced
+from checkpointd.linux import ptrace
+from checkpointd.target.attachable import gone
+from checkpointd.target.registers import UserRegs
+
+_ENOSYS = 38
+_IGNORED_BY_DEFAULT = (int(signal.SIGURG), int(signal.SIGWINCH), int(signal.SIGCHLD))
+_UNFIT = frozenset(
+    # cannot be ignored, are raised by instructions, have effects when sent (job control), or belong to libc
+    {4, 5, 7, 8, 9, 11, 18, 19, 20, 21, 22, 31, 32, 33}
+)
+
+
+def choose_signal(status: Mapping[str, str], sigmask: int, *, is_go: bool) -> int:
+    """The rendezvous signal for a thread; 0 when no signal is safe.
+
+    Args:
+        status: /proc/PID/task/TID/status.
+        sigmask: the thread's blocked signals.
+        is_go: Go's runtime catches every signal, but its SIGURG handler bears strays (it is sent them for
+            preemption) and runs on a stack of its own.
+    """
+    taken = sigmask | int(status.get("SigPnd", "0"), 16) | int(status.get("ShdPnd", "0"), 16)
+    caught = int(status.get("SigCgt", "0"), 16)
+    ignored = int(status.get("SigIgn", "0"), 16)
+
+    def has(mask: int, signum: int) -> bool:
+        return bool(mask >> (signum - 1) & 1)
+
+    for signum in _IGNORED_BY_DEFAULT:
+        if not has(caught, signum) and not has(taken, signum):
+            return signum
+    for signum in range(1, 65):
+        if signum not in _UNFIT and has(ignored, signum) and not has(taken, signum):
+            return signum
+    if is_go and not has(taken, signal.SIGURG):
+        return int(signal.SIGURG)
+    return 0
+
+
+def _wait(pid: int, tid: int) -> ptrace.WaitStatus:
+    """The next stop, left unreported."""
+    try:
+        status = ptrace.peek_wait(tid, block=True)
+    except ChildProcessError as error:
+        raise gone(pid) from error
+    if status is None or status.exited:
+        raise gone(pid)
+    return status
+
+
+def run_to(pid: int, tid: int, rip: int, signum: int) -> UserRegs:
+    """Let the stopped thread run to the rendezvous at `rip`; its registers there.
+
+    Args:
+        signum: the signal it sends; 0: it makes the call with 0, and is stopped at every system call.
+
+    Raises:
+        TargetGone: the process died.
+    """
+    resume = ptrace.cont if signum else ptrace.cont_to_syscall
+    deliver = 0
+    try:
+        while True:
+            resume(tid, deliver)
+            status = _wait(pid, tid)
+            deliver = 0
+            if status.event == ptrace.EVENT_STOP:
+                ptrace.take_stop(tid)
+            elif status.event:
+                raise TargetExeced(f"process {pid} replaced its program", pid=pid)
+            elif status.code == ptrace.SYSCALL_STOP:
+                regs = UserRegs.from_bytes(ptrace.get_regs(tid))
+                if regs.rip == rip and regs.result != -_ENOSYS:  # the exit: at the entry rax is -ENOSYS
+                    return regs
+            else:
+                if status.code == signum:
+                    regs = UserRegs.from_bytes(ptrace.get_regs(tid))
+                    if regs.rip == rip:
+                        return regs
+                deliver = status.signal
+    except ProcessLookupError as error:
+        raise gone(pid) from error
+
+
+def stop_in_signal_code(pid: int, tid: int) -> None:
+    """From a system call stop to an EVENT_STOP, where the kernel honours a pending restart.
+
+    Raises:
+        TargetGone: the process died.
+    """
+    deliver = 0
+    try:
+        ptrace.interrupt(tid)
+        while True:
+            ptrace.cont(tid, deliver)
+            status = _wait(pid, tid)
+            if status.event == ptrace.EVENT_STOP:
+                ptrace.take_stop(tid)
+                return
+            deliver = status.signal if status.code != ptrace.SYSCALL_STOP else 0
+            ptrace.interrupt(tid)
+    except ProcessLookupError as error:
+        raise gone(pid) from error

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""System calls that a freeze interrupts.
+
+Most go on by themselves: the kernel restarts them when the thread is let go (`-ERESTART*` in rax).  A few report
+-EINTR to the program at any stop, also at one by SIGSTOP and SIGCONT (signal(7)).  For those whose arguments still
+say everything, the freeze turns -EINTR into -ERESTARTNOHAND: without a signal the call goes on, with a handler to
+run it fails with EINTR, exactly as if nobody had stopped it.
+
+====================  =======================================  ==============================================
+call                  turned when                              else
+====================  =======================================  ==============================================
+epoll_wait/_pwait     always; a finite timeout is cut by the   the full timeout again, when the time slept
+                      time slept (`Sleepers`)                  could not be sampled
+epoll_pwait2          timeout pointer is NULL                  EINTR: the timeout lies in the program's memory
+rt_sigtimedwait       timeout pointer is NULL                  EINTR, likewise
+semop, semtimedop     semtimedop: timeout pointer is NULL      EINTR, likewise
+io_getevents          timeout pointer is NULL                  EINTR, likewise
+====================  =======================================  ==============================================
+
+Not turned: socket calls with SO_RCVTIMEO or SO_SNDTIMEO (the timeout would start anew at every freeze and might
+never end) and connect (a second connect is EALREADY, not a restart): they report EINTR as signal(7) says.
+
+Source: signal(7), Linux fs/eventpoll.c (ep_poll), kernel/signal.c, ipc/sem.c, fs/aio.c.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpointd.target.registers import ERESTARTNOHAND, UserRegs, word
+
+_EINTR = 4
+NR_SEMOP = 65
+NR_RT_SIGTIMEDWAIT = 128
+NR_IO_GETEVENTS = 208
+NR_SEMTIMEDOP = 220
+NR_EPOLL_WAIT = 232
+NR_EPOLL_PWAIT = 281
+NR_EPOLL_PWAIT2 = 441
+
+# the register that holds the pointer to a timeout: NULL waits for ever
+_TIMEOUT_POINTER = {
+    NR_RT_SIGTIMEDWAIT: "rdx",
+    NR_IO_GETEVENTS: "r8",
+    NR_SEMTIMEDOP: "r10",
+    NR_EPOLL_PWAIT2: "r10",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockedCall:
+    """A system call a thread was found blocked in, before the freeze.
+
+    Attributes:
+        nr, args: the call.
+        asleep_us: how long it had been asleep when sampled; None when the kernel does not tell.
+        sampled_ns: when (CLOCK_MONOTONIC).
+        nr_switches: voluntary context switches so far: tells whether it is still the same sleep.
+    """
+
+    nr: int
+    args: tuple[int, ...]
+    asleep_us: int | None
+    sampled_ns: int
+    nr_switches: int
+
+
+def parse_syscall(text: str) -> tuple[int, tuple[int, ...]] | None:
+    """/proc/PID/task/TID/syscall: number and arguments; None when not blocked in one."""
+    parts = text.split()
+    if len(parts) < 7 or parts[0] == "-1":
+        return None
+    return int(parts[0]), tuple(int(part, 16) for part in parts[1:7])
+
+
+def parse_sched(text: str) -> dict[str, float]:
+    """/proc/PID/task/TID/sched: the numbers by name (times in milliseconds)."""
+    found = {}
+    for line in text.splitlines():
+        name, sep, value = line.partition(":")
+        if sep:
+            try:
+                found[name.strip()] = float(value)
+            except ValueError:
+                continue
+    return found
+
+
+class _CpuClocks:
+    """The scheduler's clock (that of se.exec_start) against CLOCK_MONOTONIC, per CPU.
+
+    They differ by hundreds of milliseconds between CPUs of a virtual machine, so each is measured by running on that
+    CPU for a moment.
+    """
+
+    def __init__(self) -> None:
+        self._offset_ns: dict[int, int] = {}
+
+    def offset_ns(self, cpu: int) -> int | None:
+        if cpu not in self._offset_ns:
+            allowed = os.sched_getaffinity(0)
+            try:
+                os.sched_setaffinity(0, {cpu})
+                os.sched_yield()
+                start = parse_sched(Path("/proc/thread-self/sched").read_text(encoding="ascii"))
+                self._offset_ns[cpu] = time.monotonic_ns() - int(start["se.exec_start"] * 1e6)
+            except (OSError, KeyError):
+                return None
+            finally:
+                os.sched_setaffinity(0, allowed)
+        return self._offset_ns[cpu]
+
+
+def sample(pid: int, tids: Iterable[int], wanted: frozenset[int] | None = None) -> dict[int, BlockedCall]:
+    """What the threads are blocked in, and since when.  Best effort, for use just before a freeze.
+
+    Args:
+        wanted: only these system calls; None: all.
+    """
+    clocks = _CpuClocks()
+    found: dict[int, BlockedCall] = {}
+    for tid in tids:
+        where = f"/proc/{pid}/task/{tid}"
+        try:
+            call = parse_syscall(Path(f"{where}/syscall").read_text(encoding="ascii"))
+            if call is None or (wanted is not None and call[0] not in wanted):
+                continue
+            sched = parse_sched(Path(f"{where}/sched").read_text(encoding="ascii"))
+            stat = Path(f"{where}/stat").read_bytes()
+        except (OSError, ValueError):
+            continue
+        cpu = int(stat[stat.rindex(b")") + 2 :].split()[36])
+        offset_ns = clocks.offset_ns(cpu)
+        now_ns = time.monotonic_ns()
+        asleep_us = None
+        if offset_ns is not None and "se.exec_start" in sched:
+            asleep_us = max(0, now_ns - offset_ns - int(sched["se.exec_start"] * 1e6)) // 1000
+        found[tid] = BlockedCall(*call, asleep_us, now_ns, int(sched.get("nr_voluntary_switches", -1)))
+    return found
+
+
+EPOLL_CALLS = frozenset({NR_EPOLL_WAIT, NR_EPOLL_PWAIT})
+
+TIMED_CALLS = EPOLL_CALLS | {7, 35, 202, 219, 230}
+"""Calls whose remaining time cannot be read from registers: epoll_wait, epoll_pwait; poll, nanosleep, futex,
+restart_syscall, clock_nanosleep."""
+
+
+def fix_spurious_eintr(regs: UserRegs, pid: int, tid: int, blocked: BlockedCall | None, now_ns: int) -> bool:
+    """Make an interrupted call go on where that is right; True when `regs` were changed.
+
+    Args:
+        regs: of a thread at the stop we asked for.
+        blocked: what `sample` found for the thread.
+        now_ns: CLOCK_MONOTONIC at the stop.
+    """
+    if regs.result != -_EINTR:
+        return False
+    nr = regs.syscall_nr
+    if nr in _TIMEOUT_POINTER:
+        if getattr(regs, _TIMEOUT_POINTER[nr]) != 0:
+            return False
+    elif nr in EPOLL_CALLS:
+        _shorten_epoll(regs, pid, tid, blocked, now_ns)
+    elif nr != NR_SEMOP:
+        return False
+    regs.rax = word(-ERESTARTNOHAND)
+    return True
+
+
+def _shorten_epoll(regs: UserRegs, pid: int, tid: int, blocked: BlockedCall | None, now_ns: int) -> None:
+    """Take the time already slept off a finite timeout (an int of milliseconds in r10)."""
+    timeout_ms = regs.r10 & 0xFFFF_FFFF
+    if timeout_ms == 0 or timeout_ms >= 1 << 31:  # does not wait, or for ever
+        return
+    same = (regs.rdi, regs.rsi, regs.rdx, regs.r10)
+    if blocked is None or blocked.asleep_us is None or blocked.args[:4] != same:
+        return
+    if not same_sleep(pid, tid, blocked):
+        return
+    slept_us = blocked.asleep_us + (now_ns - blocked.sampled_ns) // 1000
+    # rounded down what is taken off: a wait may be late by a millisecond, never early
+    regs.r10 = max(0, timeout_ms - slept_us // 1000)
+
+
+def same_sleep(pid: int, tid: int, blocked: BlockedCall) -> bool:
+    """Is the stopped thread still in the sleep that was sampled?
+
+    The stop itself is one voluntary context switch; another one means that it woke up in between.
+    """
+    try:
+        sched = parse_sched(Path(f"/proc/{pid}/task/{tid}/sched").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return False
+    return blocked.nr_switches >= 0 and int(sched.get("nr_voluntary_switches", -9)) <= blocked.nr_switches + 1
