@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle itself: it is silent about an engine that is right, and sees every mistake planted in one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.oracle import history
+from tests.oracle.campaign import play, shrink
+from tests.oracle.planted import MISTAKES, NaiveEngine
+
+pytestmark = pytest.mark.needs("root", "gcc")
+
+MAX_HISTORIES = 25
+
+
+def test_naive_engine_is_right_for_many_histories() -> None:
+    for seed in range(1, 11):
+        verdict = play(history.generate(seed), NaiveEngine)
+        assert not verdict.findings, f"seed {seed}, line {verdict.at}: {verdict.findings}"
+        assert verdict.nr_generations >= 6
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_planted_mistake_is_seen(mistake: str) -> None:
+    for seed in range(1, MAX_HISTORIES + 1):
+        if play(history.generate(seed), lambda: NaiveEngine(mistake)).findings:
+            return
+    pytest.fail(f"{mistake} was not seen in {MAX_HISTORIES} histories")
+
+
+def test_failing_history_is_shrunk_to_what_matters() -> None:
+    lines = ["map 0 anon 0 8", "map 1 anon 0 8", "write 1 fill 0 8 5", "write 0 fill 0 8 7", "freeze"]
+    lines += ["advise 0 dontneed 2 1", "write 1 fill 0 1 9", "freeze", "write 1 fill 2 1 10", "freeze"]
+
+    def fails(shorter: list[str]) -> bool:
+        return bool(play(shorter, lambda: NaiveEngine("inherit_vanished")).findings)
+
+    assert fails(lines)
+    short = shrink(lines, fails, seconds=60)
+    assert fails(short)
+    assert short == [
+        "map 0 anon 0 8",
+        "write 0 fill 0 8 7",
+        "freeze",
+        "advise 0 dontneed 2 1",
+        "freeze",
+    ]
+
+
+def test_history_is_the_same_for_the_same_seed(tmp_path: pytest.TempPathFactory) -> None:
+    lines = history.generate(42)
+    assert lines == history.generate(42) != history.generate(43)
+    path = tmp_path / "history.txt"  # type: ignore[operator]
+    history.save(path, lines, "about\nit")
+    assert history.load(path) == lines

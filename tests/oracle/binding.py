@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one module of the oracle that knows how checkpointd is called."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from checkpointd import tracepoint
+from checkpointd.dump.dump import Dumper, DumpOptions
+from checkpointd.errors import Unsupported
+from checkpointd.image import Store
+from checkpointd.memory import VmaKind
+from checkpointd.state import codec
+from checkpointd.state.process import ImageState
+from checkpointd.stats import DumpStats
+from tests.oracle.engine import U64, Generation, Pages, Refused
+
+
+class _Image:
+    """A generation of checkpointd, read through the store as restore reads it."""
+
+    def __init__(self, store_path: str, stats: DumpStats) -> None:
+        self._image = Store.open(store_path).load(stats.image_id)
+        self.backend = stats.backend
+        self.stats = stats.to_dict()
+        state: ImageState = codec.decode(ImageState, json.loads(self._image.state))
+        space = state.address_space
+        self.mappings = [
+            (v.start, v.end, _prot(v.prot, v.shared), v.offset)
+            for v in space.vmas
+            if v.kind not in (VmaKind.VDSO, VmaKind.VVAR, VmaKind.VSYSCALL)
+        ]
+        self.objects = {
+            (o.dev, o.inode, o.flavour == "sysv"): (o.id, (o.size_bytes + 4095) // 4096)
+            for o in _all_objects(state)
+        }
+        self.guards = np.array(
+            [page for v in space.vmas for a, b in v.guards for page in range(a >> 12, b >> 12)],
+            dtype=np.uint64,
+        )
+
+    def pages(self, obj: int) -> U64:
+        return self._image.pages(obj)
+
+    def read(self, obj: int, pages: U64) -> Pages:
+        return self._image.read(obj, pages)
+
+
+def _all_objects(state: ImageState) -> list[Any]:
+    return list(state.address_space.objects)
+
+
+def _prot(bits: int, shared: bool) -> str:
+    return "".join(c if bits & b else "-" for c, b in (("r", 1), ("w", 2), ("x", 4))) + (
+        "s" if shared else "p"
+    )
+
+
+class CheckpointdEngine:
+    """checkpointd's own dump loop, in this process and on this thread.
+
+    Args:
+        backend: a tracker's name, or "auto".
+        read_mode: "stopped", "fork" or "auto".
+    """
+
+    def __init__(self, backend: str = "auto", read_mode: str = "auto") -> None:
+        self.name = f"{backend}/{read_mode}"
+        self._options = {"backend": backend, "read_mode": read_mode, "compress": "none"}
+        self._store = tempfile.mkdtemp(prefix="oracle-store-", dir="/dev/shm")
+        Store.open(self._store, create=True)
+        self._dumper: Dumper | None = None
+
+    def dump(self, pid: int, *, incremental: bool) -> Generation:
+        return _Image(self._store, self._dump(pid, incremental))
+
+    def fail(self, pid: int) -> bool:
+        tracepoint.register("dump.commit", _raise)
+        try:
+            self._dump(pid, True)
+        except tracepoint.TracepointError:
+            return True
+        finally:
+            tracepoint.clear()
+        return False
+
+    def close(self) -> None:
+        if self._dumper is not None:
+            self._dumper.close()
+        shutil.rmtree(self._store, ignore_errors=True)
+
+    def _dump(self, pid: int, incremental: bool) -> DumpStats:
+        try:
+            if self._dumper is None:
+                self._dumper = Dumper(pid)
+            return self._dumper.dump(
+                DumpOptions(store=self._store, incremental=incremental, **self._options)  # type: ignore[arg-type]
+            )
+        except Unsupported as error:
+            raise Refused(f"{error}: {error.details}") from error
+
+
+def _raise(name: str) -> None:
+    raise tracepoint.TracepointError(name)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare a flattened generation with the truth, byte for byte and hole for hole.
+
+The truth was taken just before and just after the dump.  Where both agree the image must agree with them; where
+they differ somebody touched the target, which is a finding of its own (one exception: the page of code which
+injected calls went through may have become a private copy with the file's content).
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import numpy as np
+
+from tests.oracle.engine import PRIVATE, U64, Generation, Pages
+from tests.oracle.truth import PAGE, Contents, Mapping, Truth
+
+MAX_FINDINGS = 12
+
+
+def judge(before: Truth, after: Truth, image: Generation) -> list[str]:
+    """What is wrong, one line each; nothing when all is well."""
+    findings = _target_unharmed(before, after)
+    findings += _mappings(before, image)
+    findings += _private(before, after, image)
+    findings += _shared(before, after, image)
+    if not np.array_equal(np.sort(before.guards), np.sort(image.guards)):
+        findings.append(f"guard regions: {_some(before.guards)} in truth, {_some(image.guards)} in the image")
+    return findings[:MAX_FINDINGS]
+
+
+def _private(before: Truth, after: Truth, image: Generation) -> list[str]:
+    pages = image.pages(PRIVATE)
+    if len(pages) > 1 and not bool((np.diff(pages.astype(np.int64)) > 0).all()):
+        return ["the index is not sorted or holds a page twice"]
+    findings = []
+    allowed = np.concatenate(
+        (before.private.pages, after.private.pages, before.private.maybe_zero, after.private.maybe_zero)
+    )
+    for page in pages[~np.isin(pages, allowed)].tolist():
+        mapping = _find(before.mappings, page)
+        if mapping is None or mapping.path != "[vdso]":
+            findings.append(f"page {page * PAGE:#x} is a hole, yet in the image: {mapping}")
+    required = np.intersect1d(before.private.pages, after.private.pages)
+    for page in required[~np.isin(required, pages)].tolist():
+        mapping = _find(before.mappings, page)
+        data = _row(before.private, page)
+        if not (mapping and "x" in mapping.prot and _is_file_content(mapping, page, data)):
+            findings.append(f"page {page * PAGE:#x} holds data, yet is not in the image: {mapping}")
+    common = pages[np.isin(pages, allowed)]
+    data = image.read(PRIVATE, common).reshape(-1, PAGE)
+    wrong = _differs(common, data, before.private) & _differs(common, data, after.private)
+    for n in np.flatnonzero(wrong).tolist():
+        page = int(common[n])
+        findings.append(_difference(page, data[n], before.private, _find(before.mappings, page)))
+    return findings
+
+
+def _shared(before: Truth, after: Truth, image: Generation) -> list[str]:
+    findings = []
+    for key, (nr_pages, truth) in before.shared.items():
+        if key not in image.objects:
+            findings.append(f"shared object {key} is not in the image")
+            continue
+        obj, image_pages = image.objects[key]
+        if image_pages != nr_pages:
+            findings.append(f"shared object {key} has {nr_pages} pages, in the image {image_pages}")
+        pages = image.pages(obj)
+        later = after.shared.get(key, (0, truth))[1]
+        for page in np.setdiff1d(pages, np.union1d(truth.pages, later.pages)).tolist():
+            findings.append(f"page {page} of shared object {key} is a hole, yet in the image")
+        for page in np.setdiff1d(np.intersect1d(truth.pages, later.pages), pages).tolist():
+            findings.append(f"page {page} of shared object {key} holds data, yet is not in the image")
+        common = np.intersect1d(pages, truth.pages)
+        data = image.read(obj, common).reshape(-1, PAGE)
+        for n in np.flatnonzero(_differs(common, data, truth)).tolist():
+            findings.append(f"shared object {key}: " + _difference(int(common[n]), data[n], truth, None))
+    return findings
+
+
+def _target_unharmed(before: Truth, after: Truth) -> list[str]:
+    """Taking a dump must not change what the target has."""
+    findings = []
+    if _spans(before.mappings) != _spans(after.mappings):
+        gone = sorted(set(_spans(before.mappings)) ^ set(_spans(after.mappings)))
+        findings.append(f"the dump changed the target's mappings: {gone[:6]}")
+    common = np.intersect1d(before.private.pages, after.private.pages)
+    changed = (
+        (before.private.data[np.isin(before.private.pages, common)])
+        != (after.private.data[np.isin(after.private.pages, common)])
+    )
+    rows = np.flatnonzero(changed.any(axis=1))
+    for page in np.union1d(common[rows], np.setxor1d(before.private.pages, after.private.pages)).tolist():
+        mapping = _find(before.mappings, page)
+        if not (mapping and "x" in mapping.prot):
+            findings.append(f"the dump changed page {page * PAGE:#x} of the target: {mapping}")
+    for key, (_, truth) in before.shared.items():
+        later = after.shared.get(key, (0, truth))[1]
+        if not np.array_equal(truth.pages, later.pages) or not np.array_equal(truth.data, later.data):
+            findings.append(f"the dump changed shared object {key}")
+    return findings
+
+
+def _mappings(before: Truth, image: Generation) -> list[str]:
+    def shown(mapping: Mapping) -> bool:
+        return not mapping.path.startswith(("[vdso]", "[vvar", "[vsyscall]"))
+
+    wanted = _merge([(m.start, m.end, m.prot, m.offset, m.inode != 0) for m in before.mappings if shown(m)])
+    special = [(m.start, m.end) for m in before.mappings if not shown(m)]
+    inodes = {(m.start): m.inode for m in before.mappings}
+    has = _merge(
+        [
+            (start, end, prot, offset, _inode_at(before, inodes, start) != 0)
+            for start, end, prot, offset in image.mappings
+            if not any(start < b and a < end for a, b in special)
+        ]
+    )
+    if wanted == has:
+        return []
+    lines = [f"only in truth: {_span(span)}" for span in wanted if span not in has]
+    lines += [f"only in the image: {_span(span)}" for span in has if span not in wanted]
+    return lines[:6]
+
+
+def _inode_at(before: Truth, inodes: dict[int, int], start: int) -> int:
+    if start in inodes:
+        return inodes[start]
+    mapping = _find(before.mappings, start // PAGE)
+    return mapping.inode if mapping else 0
+
+
+Span = tuple[int, int, str, int, bool]
+
+
+def _merge(spans: list[Span]) -> list[Span]:
+    """Neighbours that differ in nothing become one: registering with userfaultfd may split and join them."""
+    out: list[Span] = []
+    for start, end, prot, offset, is_file in sorted(spans):
+        if not is_file:
+            offset = 0
+        if out:
+            left = out[-1]
+            continues = not is_file or left[3] + (start - left[0]) == offset
+            if left[1] == start and left[2] == prot and left[4] == is_file and continues:
+                out[-1] = (left[0], end, prot, left[3], is_file)
+                continue
+        out.append((start, end, prot, offset, is_file))
+    return out
+
+
+def _spans(mappings: list[Mapping]) -> list[Span]:
+    return _merge([(m.start, m.end, m.prot, m.offset, m.inode != 0) for m in mappings])
+
+
+def _span(span: Span) -> str:
+    return f"{span[0]:x}-{span[1]:x} {span[2]} {span[3]:x}"
+
+
+def _differs(pages: U64, data: Pages, truth: Contents) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """For each page of the image: is it other than in this truth?  Absent in truth counts as zeroes."""
+    out = np.ones(len(pages), dtype=bool)
+    if len(pages) == 0:
+        return out
+    order = np.argsort(truth.pages)
+    keys = truth.pages[order]
+    at = np.searchsorted(keys, pages)
+    at[at == len(keys)] = 0
+    found = (keys[at] == pages) if len(keys) else np.zeros(len(pages), dtype=bool)
+    rows = np.flatnonzero(found)
+    out[rows] = (truth.data[order[at[rows]]] != data[rows]).any(axis=1)
+    absent = np.flatnonzero(~found)
+    out[absent] = data[absent].any(axis=1)
+    return out
+
+
+def _difference(page: int, data: Pages, truth: Contents, mapping: Mapping | None) -> str:
+    rows = np.flatnonzero(truth.pages == page)
+    if not len(rows):
+        return f"page {page * PAGE:#x} should read as zeroes: {mapping}"
+    right = truth.data[rows[0]]
+    bytes_wrong = np.flatnonzero(right != data)
+    at = int(bytes_wrong[0])
+    return (
+        f"page {page * PAGE:#x}: {len(bytes_wrong)} bytes differ, the first at +{at:#x}: "
+        f"{right[at : at + 8].tobytes().hex()} is true, {data[at : at + 8].tobytes().hex()} in the image: {mapping}"
+    )
+
+
+def _find(mappings: list[Mapping], page: int) -> Mapping | None:
+    at = bisect.bisect_right([m.start for m in mappings], page * PAGE) - 1
+    return mappings[at] if at >= 0 and page * PAGE < mappings[at].end else None
+
+
+def _row(contents: Contents, page: int) -> Pages:
+    return contents.data[np.flatnonzero(contents.pages == page)[0]]
+
+
+def _is_file_content(mapping: Mapping, page: int, data: Pages) -> bool:
+    try:
+        with open(mapping.path, "rb") as file:
+            file.seek(mapping.offset + page * PAGE - mapping.start)
+            return file.read(PAGE).ljust(PAGE, b"\0") == data.tobytes()
+    except OSError:
+        return False
+
+
+def _some(pages: U64) -> str:
+    return "[" + " ".join(f"{page * PAGE:#x}" for page in pages[:6].tolist()) + "]"
