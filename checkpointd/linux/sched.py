@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scheduling of one thread, from outside: sched_setattr(2), sched_setaffinity(2), ioprio_set(2).
+
+Raises OSError: ESRCH, EPERM (CAP_SYS_NICE), EINVAL, EBUSY (no bandwidth for SCHED_DEADLINE).
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from checkpointd.linux._libc import syscall
+from checkpointd.linux.arch import Nr
+
+_LAYOUT = struct.Struct("=IIQiIQQQ")  # struct sched_attr up to sched_period, 48 bytes
+_IOPRIO_WHO_PROCESS = 1
+SCHED_DEADLINE = 6
+
+
+class SchedAttr(NamedTuple):
+    """struct sched_attr without its size and utilisation hints."""
+
+    policy: int
+    flags: int
+    nice: int
+    priority: int
+    runtime_ns: int
+    deadline_ns: int
+    period_ns: int
+
+
+def get_attr(tid: int) -> SchedAttr:
+    buffer = bytearray(_LAYOUT.size)
+    syscall(Nr.SCHED_GETATTR, tid, buffer, len(buffer), 0, name="sched_getattr")
+    return SchedAttr(*_LAYOUT.unpack(buffer)[1:])
+
+
+def set_attr(tid: int, attr: SchedAttr) -> None:
+    syscall(Nr.SCHED_SETATTR, tid, _LAYOUT.pack(_LAYOUT.size, *attr), 0, name="sched_setattr")
+
+
+def get_ioprio(tid: int) -> int:
+    """The thread's I/O priority; 0 when it was never set."""
+    return syscall(Nr.IOPRIO_GET, _IOPRIO_WHO_PROCESS, tid, name="ioprio_get")
+
+
+def set_ioprio(tid: int, ioprio: int) -> None:
+    syscall(Nr.IOPRIO_SET, _IOPRIO_WHO_PROCESS, tid, ioprio, name="ioprio_set")

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State out: the process as a whole, and the reasons why one cannot be saved.
+
+The way: `prepare_process` (running target: all blockers that can be known, what never changes), then, frozen,
+`capture_process`.
+
+Raises: TargetGone, NotPermitted, Unsupported (all reasons at once).
+
+Source: proc_pid_stat(5), proc_pid_status(5), prctl(2), membarrier(2), kernel sources as cited.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpointd.errors import CheckpointError, NotPermitted, Unsupported
+from checkpointd.linux import prctl, prlimit
+from checkpointd.linux.arch import ARCH_GET_XCOMP_PERM, Nr, cpu_flags
+from checkpointd.memory import TASK_SIZE, Vma, VmaKind
+from checkpointd.procfs import maps, process
+from checkpointd.state.memory import FileIdentity
+from checkpointd.state.process import Cpu, Host, Limit, MemoryLayout, ProcessState
+from checkpointd.target.attachable import check_attachable, gone
+from checkpointd.target.freeze import Frozen
+from checkpointd.target.remote import Call, Remote
+from checkpointd.target.signals import capture_signals
+from checkpointd.target.threads import SleepMemory, capture_threads, prepare_sleeps
+
+__all__ = [
+    "ProcessDraft",
+    "SleepMemory",
+    "capture_process",
+    "prepare_process",
+    "process_blockers",
+    "vma_blockers",
+]
+
+_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
+_MUST_BE_OURS = ("ipc", "mnt", "net", "pid", "time", "user", "uts")
+_MEMBARRIER_GET_REGISTRATIONS = 512
+_XSTATE_MASK_AT = 464  # sw_reserved bytes of the legacy area: XCR0 (Linux arch/x86/kernel/fpu/regset.c)
+_EI_CLASS, _ELFCLASS64 = 4, 2
+_DELETED = " (deleted)"
+
+
+@dataclass
+class ProcessDraft:
+    """What was found before the freeze; pass it to `capture_process`.
+
+    Attributes:
+        blockers: reasons why the process cannot be saved, one sentence each.
+        warnings: what will not come back.
+    """
+
+    pid: int
+    blockers: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    exe: FileIdentity = field(default_factory=lambda: FileIdentity("", (0, 0), 0, 0, 0))
+    exe_deleted: bool = False
+    cmdline: tuple[str, ...] = ()
+    namespaces: dict[str, str] = field(default_factory=dict)
+    boot_id: str = ""
+    sleep_calls: dict[int, int] = field(default_factory=dict)
+
+
+def prepare_process(pid: int) -> ProcessDraft:
+    """Look at a running process.
+
+    Raises:
+        TargetGone, NotPermitted, Busy, UsageError, Unsupported: it cannot be attached to at all.
+    """
+    check_attachable(pid)
+    draft = ProcessDraft(pid)
+    try:
+        _fill(draft)
+    except OSError as error:
+        raise _meaning(pid, error) from error
+    return draft
+
+
+def process_blockers(pid: int) -> list[str]:
+    """All reasons, found without stopping it, why the process itself cannot be saved."""
+    try:
+        return prepare_process(pid).blockers
+    except Unsupported as error:
+        return list(error.details.get("blockers", [error.message]))
+
+
+def _meaning(pid: int, error: OSError) -> CheckpointError:
+    if error.errno in (errno.ENOENT, errno.ESRCH):
+        return gone(pid)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return NotPermitted(
+            f"process {pid} may not be examined ({error})",
+            hint="run as the user of the process, or as root",
+            pid=pid,
+        )
+    return CheckpointError(f"process {pid} could not be examined: {error}", pid=pid)
+
+
+def _fill(draft: ProcessDraft) -> None:
+    pid = draft.pid
+    status = process.read_status(pid)
+    draft.exe, draft.exe_deleted, is_64bit = _exe(pid)
+    draft.cmdline = tuple(process.cmdline(pid))
+    draft.namespaces = {kind: os.readlink(f"/proc/{pid}/ns/{kind}") for kind in _NAMESPACES if _has_ns(kind)}
+    draft.boot_id = process.boot_id()
+    draft.sleep_calls = prepare_sleeps(pid)
+    if not is_64bit:
+        draft.blockers.append("it is a 32-bit program; only x86-64 programs can be saved")
+    if draft.exe_deleted:
+        draft.warnings.append(
+            f"its program file {draft.exe.path} was deleted: /proc/PID/exe will not be restored"
+        )
+    for kind in _MUST_BE_OURS:
+        if kind in draft.namespaces and draft.namespaces[kind] != os.readlink(f"/proc/self/ns/{kind}"):
+            draft.blockers.append(
+                f"it is in another {kind} namespace ({draft.namespaces[kind]}) than checkpointd; "
+                "run checkpointd inside it"
+            )
+    draft.blockers += _seccomp_blockers(pid)
+    draft.blockers += vma_blockers(maps.read_maps(pid))
+    children = _children(pid)
+    if children:
+        draft.warnings.append(
+            f"it has {len(children)} child process(es) ({', '.join(map(str, children[:5]))}): they are not saved"
+        )
+    if "Speculation_Store_Bypass" in status and "force" in status["Speculation_Store_Bypass"]:
+        draft.warnings.append("its speculation controls are not restored")
+
+
+def _has_ns(kind: str) -> bool:
+    return os.path.lexists(f"/proc/self/ns/{kind}")
+
+
+def _exe(pid: int) -> tuple[FileIdentity, bool, bool]:
+    """(identity, deleted, is it a 64-bit program) of /proc/PID/exe."""
+    link = f"/proc/{pid}/exe"
+    path = os.readlink(link)
+    fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        head = os.pread(fd, 16, 0)
+    finally:
+        os.close(fd)
+    deleted = found.st_nlink == 0 and path.endswith(_DELETED)
+    identity = FileIdentity(
+        path.removesuffix(_DELETED) if deleted else path,
+        (os.major(found.st_dev), os.minor(found.st_dev)),
+        found.st_ino,
+        found.st_size,
+        found.st_mtime_ns,
+    )
+    return identity, deleted, len(head) > _EI_CLASS and head[_EI_CLASS] == _ELFCLASS64
+
+
+def _seccomp_blockers(pid: int) -> list[str]:
+    modes = {process.read_status(pid, tid).get("Seccomp", "0") for tid in process.thread_ids(pid)}
+    if "2" in modes:
+        return ["it has seccomp filters, without which it may not come back"]
+    if "1" in modes:
+        return ["it runs under strict seccomp, without which it may not come back"]
+    return []
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for tid in process.thread_ids(pid):
+        try:
+            text = Path(f"/proc/{pid}/task/{tid}/children").read_text(encoding="ascii")
+        except OSError:
+            continue
+        found += [int(word) for word in text.split()]
+    return sorted(found)
+
+
+def vma_blockers(vmas: Iterable[Vma]) -> list[str]:
+    """Mappings that cannot be saved.  With flags (smaps) it sees more: device memory, shadow stacks, hugetlb."""
+    found: list[str] = []
+    for vma in vmas:
+        if vma.kind is VmaKind.SECRETMEM:
+            found.append(f"mapping {vma} is secret memory (memfd_secret), which nobody else can read")
+        elif vma.path.startswith("/[aio]"):
+            found.append(
+                f"mapping {vma} is the ring of an AIO context (io_setup), whose requests live in the kernel"
+            )
+        elif "io_uring" in vma.path:
+            found.append(f"mapping {vma} is the ring of an io_uring, whose requests live in the kernel")
+        elif vma.kind is VmaKind.DEVICE:
+            found.append(f"mapping {vma} is device memory")
+        elif "ss" in vma.flags:
+            found.append(f"mapping {vma} is a shadow stack")
+        elif vma.kind is VmaKind.HUGETLB:
+            found.append(f"mapping {vma} is of the hugetlb pool, which is not restored yet")
+        if vma.end > TASK_SIZE and vma.kind is not VmaKind.VSYSCALL:
+            found.append(f"mapping {vma} lies above the 47-bit address space")
+    return found
+
+
+def capture_process(
+    frozen: Frozen,
+    remote: Remote,
+    memory: SleepMemory | None = None,
+    draft: ProcessDraft | None = None,
+) -> ProcessState:
+    """Everything but memory and files.
+
+    Args:
+        memory: what earlier freezes of this target knew of its sleeping threads; brought up to date.
+        draft: what `prepare_process` found; without it the look is taken now, while the target is frozen.
+
+    Raises:
+        Unsupported: state that cannot be restored was found; the target is as it was.
+        TargetGone: it died.
+    """
+    pid = frozen.pid
+    try:
+        if draft is None or draft.pid != pid:
+            draft = ProcessDraft(pid)
+            _fill(draft)
+        asked = _ask(remote)
+        blockers = [*draft.blockers, *asked.blockers]
+        if blockers:
+            raise Unsupported(
+                f"process {pid} cannot be saved: {blockers[0]}"
+                + (f" (and {len(blockers) - 1} more reasons)" if len(blockers) > 1 else ""),
+                hint="`checkpoint check` lists all reasons",
+                pid=pid,
+                blockers=blockers,
+            )
+        threads, warnings = capture_threads(frozen, remote, memory=memory, sleep_calls=draft.sleep_calls)
+        signals = capture_signals(frozen, remote)
+        stat, status = process.read_stat(pid), process.read_status(pid)
+        return ProcessState(
+            pid=pid,
+            ppid=stat.ppid,
+            pgid=stat.pgrp,
+            sid=stat.session,
+            start_time=stat.starttime,
+            exe=draft.exe,
+            exe_deleted=draft.exe_deleted,
+            comm=stat.comm,
+            cmdline=draft.cmdline,
+            layout=_layout(pid, stat, asked.brk),
+            cwd=os.readlink(f"/proc/{pid}/cwd"),
+            root=os.readlink(f"/proc/{pid}/root"),
+            umask=int(status["Umask"], 8),
+            limits=tuple(Limit(n, *prlimit.get_limit(pid, n)) for n in range(prlimit.NR_LIMITS)),
+            dumpable=asked.dumpable,
+            personality=int(Path(f"/proc/{pid}/personality").read_text(encoding="ascii"), 16),
+            oom_score_adj=int(Path(f"/proc/{pid}/oom_score_adj").read_text(encoding="ascii")),
+            coredump_filter=_coredump_filter(pid),
+            child_subreaper=asked.child_subreaper,
+            thp_disable=asked.thp_disable,
+            memory_merge=asked.memory_merge,
+            membarrier=asked.membarrier,
+            namespaces=draft.namespaces,
+            cpu=cpu_of(threads[0].xstate, threads[0].xstate_size_bytes, asked.xcomp_permitted),
+            host=host(draft.boot_id or process.boot_id()),
+            stopped=any(thread.group_stopped for thread in frozen.threads.values()),
+            threads=threads,
+            signals=signals,
+            warnings=(*draft.warnings, *warnings),
+        )
+    except OSError as error:
+        raise _meaning(pid, error) from error
+
+
+def cpu_of(xstate: bytes, xstate_size_bytes: int, xcomp_permitted: int = 0) -> Cpu:
+    """The CPU by an image of its extended registers."""
+    mask = int.from_bytes(xstate[_XSTATE_MASK_AT : _XSTATE_MASK_AT + 8].ljust(8, b"\0"), "little")
+    return Cpu(mask, xstate_size_bytes, cpu_flags(), xcomp_permitted)
+
+
+def host(boot_id: str) -> Host:
+    name = os.uname()
+    return Host(
+        hostname=socket.gethostname(),
+        kernel=f"{name.release} {name.version}",
+        boot_id=boot_id,
+        realtime_ns=time.time_ns(),
+        monotonic_ns=time.monotonic_ns(),
+        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+    )
+
+
+def _coredump_filter(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/coredump_filter").read_text(encoding="ascii"), 16)
+    except (OSError, ValueError):
+        return None
+
+
+def _layout(pid: int, stat: process.Stat, brk: int) -> MemoryLayout:
+    def of(field_number: int) -> int:  # numbers as in proc_pid_stat(5)
+        return int(stat.fields[field_number - 3])
+
+    return MemoryLayout(
+        start_code=of(26),
+        end_code=of(27),
+        start_data=of(45),
+        end_data=of(46),
+        start_brk=of(47),
+        brk=brk,
+        start_stack=of(28),
+        arg_start=of(48),
+        arg_end=of(49),
+        env_start=of(50),
+        env_end=of(51),
+        auxv=Path(f"/proc/{pid}/auxv").read_bytes(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What only the process itself can tell."""
+
+    brk: int
+    dumpable: int
+    child_subreaper: bool
+    thp_disable: int
+    memory_merge: bool
+    membarrier: int
+    xcomp_permitted: int
+    blockers: tuple[str, ...] = ()
+
+
+def _ask(remote: Remote) -> _Asked:
+    subreaper_at, xcomp_at, tsc_at = remote.alloc(8), remote.alloc(8), remote.alloc(8)
+    results = remote.batch(
+        [
+            Call(Nr.BRK, (0,)),
+            Call(Nr.PRCTL, (prctl.PR_GET_DUMPABLE,)),
+            Call(Nr.PRCTL, (prctl.PR_GET_CHILD_SUBREAPER, subreaper_at)),
+            Call(Nr.PRCTL, (prctl.PR_GET_THP_DISABLE, 0, 0, 0, 0)),
+            Call(Nr.PRCTL, (prctl.PR_GET_MEMORY_MERGE, 0, 0, 0, 0)),
+            Call(Nr.MEMBARRIER, (_MEMBARRIER_GET_REGISTRATIONS, 0, 0)),
+            Call(Nr.ARCH_PRCTL, (ARCH_GET_XCOMP_PERM, xcomp_at)),
+            Call(Nr.PRCTL, (prctl.PR_GET_MDWE, 0, 0, 0, 0)),
+            Call(Nr.PRCTL, (prctl.PR_GET_TSC, tsc_at)),
+        ]
+    )
+    brk, dumpable, subreaper, thp, merge, membarrier, xcomp, mdwe, tsc = results
+    blockers = []
+    if mdwe > 0:
+        blockers.append("it forbade itself memory that is written first and executed later (PR_SET_MDWE)")
+    if tsc == 0 and int.from_bytes(remote.read(tsc_at, 4), "little") == 2:
+        blockers.append("it forbade itself the time stamp counter (PR_SET_TSC)")
+    return _Asked(
+        brk=brk,
+        dumpable=max(0, dumpable),
+        child_subreaper=subreaper == 0 and int.from_bytes(remote.read(subreaper_at, 4), "little") != 0,
+        thp_disable=max(0, thp),
+        memory_merge=merge > 0,
+        membarrier=max(0, membarrier),
+        xcomp_permitted=int.from_bytes(remote.read(xcomp_at, 8), "little") if xcomp == 0 else 0,
+        blockers=tuple(blockers),
+    )

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State out: signal dispositions, signals pending for the process, interval and POSIX timers.
+
+Source: rt_sigaction(2), ptrace(2) PTRACE_PEEKSIGINFO, proc_pid_timers(5), timer_gettime(2).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from checkpointd.linux import ptrace, timer
+from checkpointd.linux import signal as sig
+from checkpointd.linux.arch import Nr
+from checkpointd.state.signals import IntervalTimer, PosixTimer, SignalAction, SignalsState
+from checkpointd.target.freeze import Frozen
+from checkpointd.target.remote import Call, Remote
+
+_TIMER = re.compile(
+    r"ID: (\d+)\nsignal: (-?\d+)/([0-9a-f]+)\nnotify: (\w+)/(?:tid|pid)\.(-?\d+)\nClockID: (-?\d+)"
+)
+_NOTIFY = {"signal": timer.SIGEV_SIGNAL, "none": timer.SIGEV_NONE, "thread": timer.SIGEV_THREAD}
+_SETTABLE = tuple(n for n in range(1, sig.NR_SIGNALS + 1) if n not in (sig.SIGKILL, sig.SIGSTOP))
+
+
+def capture_signals(frozen: Frozen, remote: Remote) -> SignalsState:
+    """All of it; one injected batch for dispositions and timers.
+
+    Raises:
+        OSError: the process died.
+    """
+    declared = parse_timers(Path(f"/proc/{frozen.pid}/timers").read_text(encoding="ascii"))
+    action_at = remote.alloc(sig.SIGACTION_BYTES * len(_SETTABLE))
+    itimer_at = remote.alloc(timer.ITIMERSPEC_BYTES * 3)
+    timer_at = remote.alloc(timer.ITIMERSPEC_BYTES * max(1, len(declared)))
+    calls = [
+        Call(Nr.RT_SIGACTION, (signum, 0, action_at + n * sig.SIGACTION_BYTES, sig.SIGSET_BYTES))
+        for n, signum in enumerate(_SETTABLE)
+    ]
+    calls += [Call(Nr.GETITIMER, (which, itimer_at + which * timer.ITIMERSPEC_BYTES)) for which in range(3)]
+    calls += [
+        Call(Nr.TIMER_GETTIME, (one.id, timer_at + n * timer.ITIMERSPEC_BYTES))
+        for n, one in enumerate(declared)
+    ]
+    results = remote.batch(calls)
+    raw_actions = remote.read(action_at, sig.SIGACTION_BYTES * len(_SETTABLE))
+    actions = []
+    for n, signum in enumerate(_SETTABLE):
+        action = SignalAction(signum, *sig.unpack_sigaction(raw_actions[n * sig.SIGACTION_BYTES :]))
+        if results[n] == 0 and (action.handler or action.flags or action.mask):
+            actions.append(action)
+    return SignalsState(
+        actions=tuple(actions),
+        pending=tuple(ptrace.peek_siginfo(frozen.pid, shared=True)),
+        interval_timers=_interval_timers(remote, itimer_at),
+        posix_timers=_with_times(declared, remote.read(timer_at, timer.ITIMERSPEC_BYTES * len(declared))),
+    )
+
+
+def _interval_timers(remote: Remote, address: int) -> tuple[IntervalTimer, ...]:
+    found = []
+    for which in (timer.ITIMER_REAL, timer.ITIMER_VIRTUAL, timer.ITIMER_PROF):
+        value, interval = timer.unpack_itimerval(
+            remote.read(address + which * timer.ITIMERSPEC_BYTES, timer.ITIMERSPEC_BYTES)
+        )
+        if value:
+            found.append(IntervalTimer(which, value, interval))
+    return tuple(found)
+
+
+def parse_timers(text: str) -> list[PosixTimer]:
+    """/proc/PID/timers; times are filled in by `timer_gettime`."""
+    found = []
+    for match in _TIMER.finditer(text):
+        number, signum, value, notify, target, clock = match.groups()
+        # a timer that signals one thread prints "tid." and the kind without SIGEV_THREAD_ID
+        by_thread = f"{notify}/tid." in match[0]
+        found.append(
+            PosixTimer(
+                id=int(number),
+                clock=int(clock),
+                notify=_NOTIFY[notify] | (timer.SIGEV_THREAD_ID if by_thread else 0),
+                signal=int(signum),
+                tid=int(target) if by_thread else 0,
+                value=int(value, 16),
+                value_ns=0,
+                interval_ns=0,
+            )
+        )
+    return sorted(found, key=lambda one: one.id)
+
+
+def _with_times(declared: list[PosixTimer], raw: bytes) -> tuple[PosixTimer, ...]:
+    found = []
+    for n, one in enumerate(declared):
+        value, interval = timer.unpack_itimerspec(raw[n * timer.ITIMERSPEC_BYTES :])
+        found.append(
+            PosixTimer(
+                one.id, one.clock, one.notify, one.signal, one.tid, one.value,
+                value_ns=value, interval_ns=interval,
+            )
+        )  # fmt: skip
+    return tuple(found)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State out: every thread of a frozen process.
+
+Nearly all of it is read from outside; alternate stack, clear_child_tid, parent-death signal and securebits can only
+be asked by the thread itself, by injected calls.
+
+A sleep whose rest the kernel keeps in a restart block is described as a call with the time that is left of it
+(`Sleep`).  The kernel forgets the number of such a call at its first interruption (it shows restart_syscall from
+then on), so `SleepMemory` carries what one freeze has seen to the next.
+
+Raises OSError (ESRCH: the process died) besides what the injection raises.
+
+Source: ptrace(2), restart_syscall(2), Linux kernel/time/hrtimer.c, fs/select.c, kernel/futex/waitwake.c.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpointd.linux import prctl, ptrace, sched, timer
+from checkpointd.linux import signal as sig
+from checkpointd.linux.arch import Nr, get_robust_list
+from checkpointd.procfs import process
+from checkpointd.state.threads import AltStack, Credentials, Rseq, Scheduling, Sleep, ThreadState
+from checkpointd.target.freeze import Frozen, FrozenThread
+from checkpointd.target.registers import ERESTART_RESTARTBLOCK
+from checkpointd.target.remote import Call, Remote
+from checkpointd.target.restartable import same_sleep
+
+_FUTEX_CMD_MASK = 0x7F
+_FUTEX_WAIT = 0
+_NS_PER_MS = 1_000_000
+_NO_TIMEOUT = 1 << 31
+_MAX_CLOCK = 16  # clock ids are small, pointers are not
+
+Args = tuple[int, int, int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class RememberedSleep:
+    """A sleep as first seen: the call, and when it ends (CLOCK_MONOTONIC; None: its timeout is absolute)."""
+
+    nr: int
+    args: Args
+    deadline_ns: int | None
+
+
+@dataclass
+class SleepMemory:
+    """What the sleeping threads of one target were seen to call; kept from freeze to freeze."""
+
+    sleeps: dict[int, RememberedSleep] = field(default_factory=dict)
+
+    def recall(self, tid: int, args: Args, now_ns: int) -> RememberedSleep | None:
+        """The thread's sleep, when it can still be the same one."""
+        found = self.sleeps.get(tid)
+        if found is None or found.args != args:
+            return None
+        if found.deadline_ns is not None and found.deadline_ns < now_ns - 50 * _NS_PER_MS:
+            return None  # that one is long over
+        return found
+
+    def keep_only(self, tids: Mapping[int, object]) -> None:
+        self.sleeps = {tid: sleep for tid, sleep in self.sleeps.items() if tid in tids}
+
+
+def prepare_sleeps(pid: int) -> dict[int, int]:
+    """Before the freeze: which call a thread in restart_syscall really is in, by its kernel stack (root only)."""
+    found: dict[int, int] = {}
+    for tid in process.thread_ids(pid):
+        where = Path(f"/proc/{pid}/task/{tid}")
+        try:
+            if not (where / "syscall").read_text(encoding="ascii").startswith(f"{int(Nr.RESTART_SYSCALL)} "):
+                continue
+            stack = (where / "stack").read_text(encoding="ascii")
+        except OSError:
+            continue
+        for word, nr in (("nanosleep", Nr.NANOSLEEP), ("poll", Nr.POLL), ("futex", Nr.FUTEX)):
+            if word in stack:
+                found[tid] = int(nr)
+                break
+    return found
+
+
+def capture_threads(
+    frozen: Frozen,
+    remote: Remote,
+    *,
+    memory: SleepMemory | None = None,
+    sleep_calls: Mapping[int, int] | None = None,
+) -> tuple[tuple[ThreadState, ...], list[str]]:
+    """All threads, the leader first, and warnings.
+
+    Args:
+        memory: of this target; read and brought up to date.
+        sleep_calls: from `prepare_sleeps`.
+    """
+    memory = memory if memory is not None else SleepMemory()
+    memory.keep_only(frozen.threads)
+    warnings: list[str] = []
+    order = sorted(frozen.threads, key=lambda tid: (tid != frozen.pid, tid))
+    states = [
+        _capture(frozen, remote, frozen.threads[tid], memory, (sleep_calls or {}).get(tid), warnings)
+        for tid in order
+    ]
+    return tuple(states), warnings
+
+
+def _capture(
+    frozen: Frozen,
+    remote: Remote,
+    thread: FrozenThread,
+    memory: SleepMemory,
+    sleep_call: int | None,
+    warnings: list[str],
+) -> ThreadState:
+    tid = thread.tid
+    status = process.read_status(frozen.pid, tid)
+    stack_at, clear_at, death_at = remote.alloc(sig.STACK_BYTES), remote.alloc(8), remote.alloc(8)
+    results = remote.batch(
+        [
+            Call(Nr.SIGALTSTACK, (0, stack_at)),
+            Call(Nr.PRCTL, (prctl.PR_GET_TID_ADDRESS, clear_at)),
+            Call(Nr.PRCTL, (prctl.PR_GET_PDEATHSIG, death_at)),
+            Call(Nr.PRCTL, (prctl.PR_GET_SECUREBITS,)),
+        ],
+        tid=tid,
+    )
+    address, flags, size_bytes = sig.unpack_stack(remote.read(stack_at, sig.STACK_BYTES))
+    xstate = ptrace.get_regset(tid, ptrace.NT_X86_XSTATE)
+    robust = get_robust_list(tid)
+    return ThreadState(
+        tid=tid,
+        name=process.read_stat(frozen.pid, tid).comm,
+        regs=thread.regs.to_bytes(),
+        xstate=xstate.rstrip(b"\0"),
+        xstate_size_bytes=len(xstate),
+        sigmask=thread.sigmask,
+        alt_stack=AltStack(address, flags & ~sig.SS_ONSTACK, size_bytes),
+        robust_list=robust if robust[0] else None,
+        rseq=Rseq(thread.rseq.pointer, thread.rseq.size, thread.rseq.signature) if thread.rseq else None,
+        clear_child_tid=int.from_bytes(remote.read(clear_at, 8), "little") if results[1] == 0 else 0,
+        pdeath_signal=int.from_bytes(remote.read(death_at, 4), "little"),
+        credentials=read_credentials(status, max(0, results[3])),
+        scheduling=read_scheduling(tid),
+        pending=tuple(ptrace.peek_siginfo(tid, shared=False)),
+        sleep=_sleep_of(frozen, thread, memory, sleep_call, warnings),
+    )
+
+
+def read_credentials(status: Mapping[str, str], securebits: int) -> Credentials:
+    """Credentials by /proc/PID/task/TID/status."""
+    ruid, euid, suid, fsuid = (int(word) for word in status["Uid"].split())
+    rgid, egid, sgid, fsgid = (int(word) for word in status["Gid"].split())
+    return Credentials(
+        ruid, euid, suid, fsuid, rgid, egid, sgid, fsgid,
+        groups=tuple(int(word) for word in status["Groups"].split()),
+        inheritable=int(status["CapInh"], 16),
+        permitted=int(status["CapPrm"], 16),
+        effective=int(status["CapEff"], 16),
+        bounding=int(status["CapBnd"], 16),
+        ambient=int(status.get("CapAmb", "0"), 16),
+        securebits=securebits,
+        no_new_privs=status.get("NoNewPrivs", "0") == "1",
+    )  # fmt: skip
+
+
+def read_scheduling(tid: int) -> Scheduling:
+    attr = sched.get_attr(tid)
+    cpus = os.sched_getaffinity(tid)
+    try:
+        slack = int(Path(f"/proc/{tid}/timerslack_ns").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # needs CAP_SYS_NICE for another user's process
+        slack = 0
+    return Scheduling(
+        *attr,
+        cpus=() if len(cpus) >= (os.cpu_count() or 1) else tuple(sorted(cpus)),
+        ioprio=sched.get_ioprio(tid),
+        timerslack_ns=slack,
+    )
+
+
+def _sleep_of(
+    frozen: Frozen, thread: FrozenThread, memory: SleepMemory, sleep_call: int | None, warnings: list[str]
+) -> Sleep | None:
+    """The call to be made again at restore; None when the registers alone make the thread go on."""
+    regs, tid, now_ns = thread.regs, thread.tid, frozen.frozen_at_ns
+    if regs.syscall_nr < 0 or regs.result != -ERESTART_RESTARTBLOCK:
+        memory.sleeps.pop(tid, None)
+        return None
+    nr = regs.syscall_nr
+    args: Args = (regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9)
+    if nr == Nr.RESTART_SYSCALL:
+        known = memory.recall(tid, args, now_ns)
+        if known is not None:
+            left = None if known.deadline_ns is None else max(0, known.deadline_ns - now_ns)
+            return Sleep(known.nr, args, left)
+        if sleep_call is None:
+            warnings.append(
+                f"thread {tid} sleeps in a call that is not known any more: it would end with EINTR"
+            )
+            return Sleep(nr, args, lost=True)
+        nr = sleep_call
+        if nr == Nr.NANOSLEEP and args[0] < _MAX_CLOCK:
+            nr = int(Nr.CLOCK_NANOSLEEP)
+        elapsed_ns = None
+    else:
+        elapsed_ns = _elapsed(frozen, thread)
+    left, is_absolute = _left(frozen, nr, args, elapsed_ns)
+    if left is None and not is_absolute:
+        warnings.append(f"thread {tid}: how long it has slept is not known, its sleep starts anew at restore")
+    else:
+        memory.sleeps[tid] = RememberedSleep(nr, args, None if left is None else now_ns + left)
+    return Sleep(nr, args, left)
+
+
+def _elapsed(frozen: Frozen, thread: FrozenThread) -> int | None:
+    """How long the thread had been in its call at the freeze, by the sample taken just before."""
+    sample, regs = thread.blocked, thread.regs
+    if sample is None or sample.asleep_us is None or sample.nr != regs.syscall_nr:
+        return None
+    if sample.args != (regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9):
+        return None
+    if not same_sleep(frozen.pid, thread.tid, sample):
+        return None
+    return max(0, sample.asleep_us * 1000 + frozen.frozen_at_ns - sample.sampled_ns)
+
+
+def _left(frozen: Frozen, nr: int, args: Sequence[int], elapsed_ns: int | None) -> tuple[int | None, bool]:
+    """(time left of a call, is its timeout absolute); None: not known."""
+    if nr == Nr.POLL:
+        timeout_ms = args[2] & 0xFFFF_FFFF
+        if timeout_ms >= _NO_TIMEOUT:
+            return None, True
+        return _minus(timeout_ms * _NS_PER_MS, elapsed_ns), False
+    if nr == Nr.FUTEX:
+        if args[1] & _FUTEX_CMD_MASK != _FUTEX_WAIT:
+            return None, True
+        return _minus(_timespec(frozen, args[3]), elapsed_ns), False
+    if nr in (Nr.NANOSLEEP, Nr.CLOCK_NANOSLEEP):
+        request, rest = (args[0], args[1]) if nr == Nr.NANOSLEEP else (args[2], args[3])
+        if rest:  # the kernel wrote it at the stop
+            return _timespec(frozen, rest), False
+        return _minus(_timespec(frozen, request), elapsed_ns), False
+    return None, False
+
+
+def _timespec(frozen: Frozen, address: int) -> int | None:
+    try:
+        return timer.unpack_timespec(frozen.mem.read(address, timer.TIMESPEC_BYTES))
+    except OSError:
+        return None
+
+
+def _minus(total_ns: int | None, elapsed_ns: int | None) -> int | None:
+    if total_ns is None or elapsed_ns is None:
+        return None
+    return max(0, total_ns - elapsed_ns)
