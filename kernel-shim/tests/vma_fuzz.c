@@ -3,7 +3,7 @@
  * Mapping fuzzer with a memory of its own: random changes of an address space, writes in between, and a
  * clear_refs now and then. Before each clear every page is compared with what was done to it.
  *
- *   vma_fuzz SEED NR_OPERATIONS precise|default|mixed
+ *   vma_fuzz SEED NR_OPERATIONS precise|default|mixed [NR_PAGES]
  *
  * Missed: written since the last clear, present, and reads clean. Over-reported: present, older than the last
  * clear, not written since, and reads dirty. With "precise" a missed page is a failure (exit 1); with "default"
@@ -26,7 +26,7 @@
 #include <unistd.h>
 
 #define PAGE 4096ul
-#define NR 2048
+#define MOST 2048
 #define PR_SET_PRECISE_SOFTDIRTY 0x50534454
 #define RW (PROT_READ | PROT_WRITE)
 
@@ -35,7 +35,8 @@ struct page {
 	unsigned char kind, prot, written, fresh, backed;
 };
 
-static struct page pages[NR];
+static struct page pages[MOST];
+static int nr_pages = MOST;
 static char *arena;
 static uint64_t state;
 static int pagemap_fd, clear_fd, file_fd;
@@ -83,7 +84,7 @@ static void *reader(void *unused)
 		x ^= x << 13;
 		x ^= x >> 7;
 		x ^= x << 17;
-		from = (struct iovec){ at((x >> 20) % NR), 1 };
+		from = (struct iovec){ at((x >> 20) % nr_pages), 1 };
 		process_vm_readv(getpid(), &to, 1, &from, 1, 0);
 		usleep(50);
 	}
@@ -106,14 +107,14 @@ static long count_vmas(void)
 
 static void check_and_clear(void)
 {
-	static uint64_t words[NR];
+	static uint64_t words[MOST];
 	long vmas = count_vmas();
 
 	if (vmas > most_vmas)
 		most_vmas = vmas;
-	if (pread(pagemap_fd, words, sizeof(words), (uintptr_t)arena / PAGE * 8) != sizeof(words))
+	if (pread(pagemap_fd, words, nr_pages * 8, (uintptr_t)arena / PAGE * 8) != nr_pages * 8)
 		die("pagemap");
-	for (int i = 0; i < NR; i++) {
+	for (int i = 0; i < nr_pages; i++) {
 		int dirty = words[i] >> 55 & 1, present = words[i] >> 63;
 
 		if (pages[i].kind == UNMAPPED || !present)
@@ -128,14 +129,14 @@ static void check_and_clear(void)
 	if (pwrite(clear_fd, "4", 1, 0) != 1)
 		die("clear_refs");
 	clears++;
-	for (int i = 0; i < NR; i++)
+	for (int i = 0; i < nr_pages; i++)
 		pages[i].written = pages[i].fresh = 0;
 }
 
 static void run(long operations, int mode)
 {
 	for (long op = 0; op < operations; op++) {
-		int n = 1 + rnd(rnd(4) ? 6 : 40), i = rnd(NR - n), j, what = rnd(100);
+		int n = 1 + rnd(rnd(4) ? 6 : 40), i = rnd(nr_pages - n), j, what = rnd(100);
 
 		if (what < 40) { /* write where it is allowed */
 			for (int k = i; k < i + n; k++)
@@ -163,7 +164,7 @@ static void run(long operations, int mode)
 				for (int k = i; k < i + n; k++)
 					pages[k].prot = prot;
 		} else if (what < 79) { /* move a piece */
-			j = rnd(NR - n);
+			j = rnd(nr_pages - n);
 			if ((j + n <= i || i + n <= j) && pages[i].kind != UNMAPPED &&
 			    mremap(at(i), n * PAGE, n * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at(j)) == at(j)) {
 				memcpy(pages + j, pages + i, n * sizeof(*pages));
@@ -208,7 +209,7 @@ static void run(long operations, int mode)
 			pid_t pid = fork();
 
 			if (!pid) {
-				for (int k = 0; k < NR; k += 7)
+				for (int k = 0; k < nr_pages; k += 7)
 					if (pages[k].kind != UNMAPPED && pages[k].prot == RW && pages[k].kind == ANON)
 						madvise(at(k), PAGE, MADV_POPULATE_WRITE);
 				_exit(0);
@@ -228,20 +229,24 @@ int main(int argc, char **argv)
 	pthread_t thread;
 	int mode;
 
-	if (argc != 4)
+	if (argc != 4 && argc != 5)
+		return 2;
+	if (argc == 5)
+		nr_pages = atoi(argv[4]);
+	if (nr_pages < 64 || nr_pages > MOST)
 		return 2;
 	state = strtoull(argv[1], NULL, 0) * 0x9e3779b97f4a7c15ull + 1;
 	operations = atol(argv[2]);
 	mode = !strcmp(argv[3], "precise") ? 1 : !strcmp(argv[3], "mixed") ? 2 : 0;
 	if (prctl(PR_SET_PRECISE_SOFTDIRTY, mode == 1, 0, 0, 0) && mode)
 		die("PR_SET_PRECISE_SOFTDIRTY");
-	arena = mmap(NULL, (NR + 128) * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	munmap(arena, (NR + 128) * PAGE);
+	arena = mmap(NULL, (nr_pages + 128) * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	munmap(arena, (nr_pages + 128) * PAGE);
 	arena += 64 * PAGE;
 	pagemap_fd = open("/proc/self/pagemap", O_RDONLY);
 	clear_fd = open("/proc/self/clear_refs", O_WRONLY);
 	file_fd = syscall(SYS_memfd_create, "fuzz", 0);
-	if (pagemap_fd < 0 || clear_fd < 0 || file_fd < 0 || ftruncate(file_fd, NR * PAGE))
+	if (pagemap_fd < 0 || clear_fd < 0 || file_fd < 0 || ftruncate(file_fd, nr_pages * PAGE))
 		die("open");
 	check_and_clear();
 	if (pthread_create(&thread, NULL, reader, NULL))

@@ -152,11 +152,18 @@ def digest(kernel: Kernel, version: str) -> str:
     for part in (kernel.base, version, compiler.stdout):
         state.update(part.encode() + b"\0")
     for path in kernel.patches:
-        # the commit message is no input of the compiler
-        state.update(path.read_bytes().partition(b"\ndiff --git ")[2] + b"\0")
+        state.update(_compiled_part(path.read_bytes()) + b"\0")
     for path in kernel.fragments:
         state.update(path.read_bytes() + b"\0")
     return state.hexdigest()[:20]
+
+
+def _compiled_part(patch: bytes) -> bytes:
+    """What of a patch decides the image: not its message, nor changes of documents and of userland tools."""
+    files = patch.split(b"\ndiff --git ")[1:]
+    return b"".join(
+        part.strip() for part in files if not part.startswith((b"a/Documentation/", b"a/tools/testing/"))
+    )
 
 
 def cached_image(name: str) -> Path | None:
