@@ -30,6 +30,9 @@ PRIVATE_OBJECT = 0
 Every other object id (1, 2, ...) is one shared memory object of the image, paged by offset >> 12.
 """
 
+FILE_CONTENT_OBJECTS = 1 << 20
+"""Object ids from here on hold the content of open deleted files: this number plus the description's index."""
+
 
 class VmaKind(enum.StrEnum):
     """What a VMA is, by how it must be saved (kernel-support.md has the table)."""
@@ -151,8 +154,8 @@ def _covered(points: PageNumbers, runs: Runs) -> npt.NDArray[np.bool_]:
     if len(runs) == 0:
         return np.zeros(len(points), dtype=bool)
     at = np.searchsorted(runs[:, 0], points, side="right").astype(np.int64) - 1
-    inside: npt.NDArray[np.bool_] = points < runs[at, 0] + runs[at, 1]
-    return inside & (at >= 0)
+    inside: npt.NDArray[np.bool_] = (at >= 0) & (points < runs[at, 0] + runs[at, 1])
+    return inside
 
 
 def _select(a: Runs, b: Runs, keep_in_b: bool) -> Runs:

@@ -106,7 +106,7 @@ def write_protect(fd: int, start: int, end: int) -> None:
 def read_words(fd: int, first_page: int, nr_pages: int) -> npt.NDArray[np.uint64]:
     """Pagemap words of a range; shorter than asked when the address space ended."""
     words = np.empty(nr_pages, dtype=np.uint64)
-    view = memoryview(words).cast("B")
+    view = memoryview(words.data).cast("B")
     done = 0
     while done < len(view):
         nr = os.preadv(fd, [view[done:]], (first_page << 3) + done)
@@ -125,4 +125,5 @@ def swapped_data(fd: int, first_page: int, nr_pages: int) -> npt.NDArray[np.bool
     entry_type = words & np.uint64(31)
     hidden = (words & np.uint64((1 << 55) - 1)) == 0
     is_swap = (words & np.uint64(PM_SWAP)) != 0
-    return is_swap & (hidden | (entry_type != SWP_PTE_MARKER))
+    real: npt.NDArray[np.bool_] = is_swap & (hidden | (entry_type != SWP_PTE_MARKER))
+    return real

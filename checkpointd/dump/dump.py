@@ -1,0 +1,541 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conduct dumps of one target: freeze, state out, collect, copy, thaw, encode, commit.
+
+A `Dumper` belongs to one target and to the thread that made it (ptrace is bound to a thread).  It keeps the
+tracker, whose current epoch began at `epoch_image_id`.  Only a dump whose parent is exactly that image may trust
+the tracker; any other compares content.
+
+Whatever fails, the target runs on, the tracker reports again what it had reported, and no half image stays.
+
+Errors: everything of checkpointd/errors.py but the restore ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from checkpointd import features, tracepoint
+from checkpointd.dump.pages import CopyRequest, PageWorker
+from checkpointd.dump.targets import has_fork_relatives, pinned_runs
+from checkpointd.errors import (
+    Busy,
+    Cancelled,
+    CheckpointError,
+    FrozenTooLong,
+    TargetExeced,
+    TargetGone,
+    Unsupported,
+)
+from checkpointd.linux import pagemap_scan as ps
+from checkpointd.linux import pidfd
+from checkpointd.linux import userfaultfd as uffd
+from checkpointd.memory import (
+    FILE_CONTENT_OBJECTS,
+    NO_RUNS,
+    PRIVATE_OBJECT,
+    Runs,
+    Vma,
+    VmaKind,
+    intersect_runs,
+    merge_runs,
+    nr_pages_in,
+    subtract_runs,
+)
+from checkpointd.procfs import maps, process
+from checkpointd.state import codec
+from checkpointd.state.files import FilesOptions
+from checkpointd.state.process import ImageState
+from checkpointd.stats import DumpStats
+from checkpointd.target.files import CapturedFiles, FilesDraft, capture_files, prepare_files
+from checkpointd.target.fork import ForkedCopy
+from checkpointd.target.freeze import Frozen, freeze
+from checkpointd.target.memory import CapturedSpace, capture_address_space, data_extents
+from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
+from checkpointd.target.remote import Call, Remote, Result
+from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
+from checkpointd.tracking.content import ContentTracker
+from checkpointd.tracking.select import Choice, select_backend
+from checkpointd.tracking.uffd_wp import FEATURES, UffdWpTracker
+
+NR_CLOSE = 3
+FORK_ABOVE_PAGES = 25_600
+"""100 MiB: above it a forked copy stops the target for less time than a stopped read (injection facts, 10)."""
+
+Report = Callable[[str, int, int], None]
+"""(phase, done, total)"""
+
+
+@dataclass(frozen=True, slots=True)
+class DumpOptions:
+    """What one dump is asked to do; see `checkpointd.agent.protocol.DumpArgs`."""
+
+    store: str
+    incremental: bool = False
+    backend: str = "auto"
+    kill: bool = False
+    max_frozen_us: int = 0
+    compress: str = ""
+    tag: str = ""
+    parent: str = ""
+    read_mode: str = "auto"
+    files: FilesOptions = field(default_factory=FilesOptions)
+    deadline_ns: int = 0  # monotonic; 0: none
+
+
+@dataclass
+class _Work:
+    """One dump under way."""
+
+    stats: DumpStats
+    copies: list[CopyRequest] = field(default_factory=list)
+    clean: Runs = field(default_factory=lambda: NO_RUNS)
+    state: ImageState | None = None
+    process_draft: ProcessDraft | None = None
+    files_draft: FilesDraft | None = None
+    started_ns: int = field(default_factory=time.monotonic_ns)
+
+    def mark(self, phase: str, since_ns: int) -> int:
+        now = time.monotonic_ns()
+        self.stats.phases[phase] = (now - since_ns) // 1000
+        return now
+
+
+class Dumper:
+    """See the module's text."""
+
+    def __init__(
+        self, pid: int, *, worker: PageWorker | None = None, sleeps: SleepMemory | None = None
+    ) -> None:
+        self.pid = pid
+        self.identity = _identity(pid)
+        self.epoch_image_id = ""
+        self.last_image_id = ""
+        self.choice = Choice("", "")
+        self.cancelled: Callable[[], bool] = lambda: False
+        self._worker = worker or PageWorker()
+        self._tracker: Tracker | None = None
+        self._features = features.probe()
+        self.sleeps = sleeps or SleepMemory()
+        self._last_dirty_pages = 0
+
+    def track(self, backend: str = "auto") -> Choice:
+        """Arm dirty tracking without a dump: the first dump is full all the same."""
+        with freeze(self.pid) as frozen, frozen.inject() as remote:
+            self._make_tracker(backend, remote)
+        return self.choice
+
+    def arm_restored(self, remote: Remote, image_id: str, backend: str = "auto") -> Choice:
+        """Arm a process just restored from `image_id`, before its first instruction.
+
+        Its memory is the image's, so the epoch begins at that image: the next dump may be incremental.
+        """
+        vmas = tuple(maps.read_smaps(self.pid))
+        self._make_tracker(backend, remote)
+        assert self._tracker is not None
+        pagemap = ps.open_pagemap(self.pid)
+        try:
+            self._tracker.collect(Space(self.pid, pagemap, vmas))
+        finally:
+            os.close(pagemap)
+        self._tracker.commit()
+        self.epoch_image_id = self.last_image_id = image_id
+        return self.choice
+
+    def untrack(self) -> None:
+        """Give the target back; nothing of ours stays in it."""
+        if self._tracker is not None:
+            self._tracker.disarm()
+            self._tracker = None
+        self.epoch_image_id = ""
+        self.choice = Choice("", "")
+
+    def close(self) -> None:
+        self.untrack()
+        self._worker.close()
+
+    def dump(self, options: DumpOptions, report: Report = lambda *_: None) -> DumpStats:
+        """Make one generation."""
+        parent, why_full = self._parent_of(options)
+        work = _Work(DumpStats(pid=self.pid, parent_id=parent, incremental=bool(parent)))
+        if why_full:
+            work.stats.warnings.append(why_full)
+        self._worker.begin(
+            store=options.store,
+            parent=parent,
+            compress=options.compress,
+            expected_pages=self._expected_pages(options),
+        )
+        copy = None
+        try:
+            work.process_draft = prepare_process(self.pid)
+            work.files_draft = prepare_files(self.pid, options.files)
+            report("freezing", 0, 0)
+            tracepoint.hit("dump.freeze")
+            with freeze(self.pid, timeout_s=self._freeze_timeout(options)) as frozen:
+                work.stats.freezing_time = frozen.freezing_time_us
+                copy = self._frozen(frozen, options, parent, work, report)
+                if options.kill:
+                    self._finish(options, parent, work, report)
+                    os.kill(self.pid, signal.SIGKILL)
+                    frozen.thaw()
+                else:
+                    thawing = time.monotonic_ns()
+                    frozen.thaw()
+                    work.stats.frozen_time = (thawing - frozen.frozen_at_ns) // 1000
+                    work.mark("thawing", thawing)
+            if options.kill:
+                work.stats.frozen_time = (time.monotonic_ns() - frozen.frozen_at_ns) // 1000
+            else:
+                tracepoint.hit("dump.thawed")
+                if copy is not None:
+                    self._read_copy(copy, work, report)
+                self._finish(options, parent, work, report)
+        except BaseException:
+            if self._tracker is not None:
+                self._tracker.rollback()
+            with contextlib.suppress(CheckpointError):
+                self._worker.abort()
+            raise
+        finally:
+            if copy is not None:
+                copy.close()
+                self._reap(copy)
+        work.stats.total_time = (time.monotonic_ns() - work.started_ns) // 1000
+        return work.stats
+
+    # -- what happens while the target stands still
+
+    def _frozen(self, frozen: Frozen, options: DumpOptions, parent: str, work: _Work, report: Report) -> Any:
+        self._check_same_process()
+        at = time.monotonic_ns()
+        vmas = tuple(maps.read_smaps(self.pid))
+        if not vmas:
+            raise TargetGone(f"process {self.pid} has no address space (it is exiting)", pid=self.pid)
+        captured = capture_address_space(self.pid, vmas, NO_RUNS)
+        at = work.mark("maps", at)
+        copy = None
+        with frozen.inject() as remote:
+            at = work.mark("injecting", at)
+            state = capture_process(frozen, remote, self.sleeps, work.process_draft)
+            at = work.mark("state", at)
+            files = capture_files(frozen, captured.object_ids, options=options.files, draft=work.files_draft)
+            work.stats.warnings += [*state.warnings, *files.warnings]
+            at = work.mark("files", at)
+            tracepoint.hit("dump.collect")
+            collection = self._collect(options, remote, vmas)
+            at = work.mark("collecting", at)
+            tracepoint.hit("dump.collected")
+            trusted = bool(parent) and self.epoch_image_id == parent
+            self._plan(work, captured, collection, vmas, trusted)
+            if self._wants_fork(options, work):
+                with contextlib.suppress(Unsupported, Busy):
+                    copy = frozen.child_fork(remote)
+                    work.stats.read_mode = "fork"
+        at = work.mark("leaving", at)
+        space = _with_guards(captured, collection, vmas)
+        image_state = ImageState(process=state, address_space=space, files=files.state)
+        work.stats.nr_vmas, work.stats.nr_threads = len(space.vmas), len(frozen.threads)
+        self._check_budget(frozen, options, work)
+        report("copying", 0, 0)
+        stopped = work.copies
+        if copy is not None:
+            stopped, work.copies = _split_for_fork(work.copies, copy.pid, vmas)
+        self._worker.copy(stopped)
+        self._read_deleted_files(files)
+        work.mark("copying", at)
+        tracepoint.hit("dump.copied")
+        # threads cannot have moved, but a SIGKILL from outside empties the address space under us
+        if process.read_stat(self.pid).state in "ZX":
+            raise TargetGone(f"process {self.pid} was killed while it was being dumped", pid=self.pid)
+        work.state = image_state
+        return copy
+
+    def _read_deleted_files(self, files: CapturedFiles) -> None:
+        """Content of open deleted files that is too large for the state, read before anybody can change it."""
+        requests = []
+        for extra in files.extra_objects:
+            runs = data_extents(extra.fd, extra.size_bytes)
+            obj = FILE_CONTENT_OBJECTS + extra.description
+            requests.append(CopyRequest(self.pid, obj, runs, source=f"/proc/{os.getpid()}/fd/{extra.fd}"))
+        try:
+            if requests:
+                self._worker.copy(requests)
+        finally:
+            for extra in files.extra_objects:
+                extra.close()
+
+    def _collect(self, options: DumpOptions, remote: Remote, vmas: tuple[Vma, ...]) -> Collection:
+        asked = options.backend
+        if self._tracker is None or (asked not in ("auto", self._tracker.name)):
+            self._make_tracker(asked, remote)
+        assert self._tracker is not None
+        pagemap = ps.open_pagemap(self.pid)
+        try:
+            space = Space(self.pid, pagemap, vmas, pinned_runs(self.pid, vmas))
+            try:
+                return self._tracker.collect(space)
+            except TrackingLostError:
+                self._make_tracker(asked, remote)
+                return self._tracker.collect(space)
+        finally:
+            os.close(pagemap)
+
+    def _plan(
+        self, work: _Work, captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ...], trusted: bool
+    ) -> None:
+        stats = work.stats
+        stats.backend, stats.backend_reason = self.choice.backend, self.choice.reason
+        clean, dirty = found.clean, found.dirty
+        if not trusted and len(clean):
+            dirty, clean = merge_runs(_joined(clean, dirty)), NO_RUNS
+        if stats.parent_id and not trusted and self.choice.backend != "content":
+            stats.backend = "content"
+            stats.backend_reason = "tracking did not begin at the parent image: content was compared"
+        for vma in captured.read_whole:
+            whole = _runs_of_range(vma.start, vma.end)
+            clean, dirty = subtract_runs(clean, whole), merge_runs(_joined(dirty, whole))
+        work.clean = clean
+        work.copies = [CopyRequest(self.pid, PRIVATE_OBJECT, dirty, through_mem=has_fork_relatives(self.pid))]
+        stats.pages_scanned = nr_pages_in(clean) + nr_pages_in(dirty)
+        for source in captured.sources:
+            fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                runs = data_extents(fd, source.object.size_bytes)
+            finally:
+                os.close(fd)
+            stats.pages_scanned += nr_pages_in(runs)
+            work.copies.append(CopyRequest(self.pid, source.object.id, runs, source=source.path))
+        stats.pages_dirty = sum(nr_pages_in(request.runs) for request in work.copies)
+        stats.read_mode = "stopped"
+        self._last_dirty_pages = stats.pages_dirty
+
+    def _wants_fork(self, options: DumpOptions, work: _Work) -> bool:
+        if options.kill or options.read_mode == "stopped":
+            return False
+        private = sum(nr_pages_in(r.runs) for r in work.copies if r.obj == PRIVATE_OBJECT)
+        return options.read_mode == "fork" or private > FORK_ABOVE_PAGES
+
+    def _check_budget(self, frozen: Frozen, options: DumpOptions, work: _Work) -> None:
+        """Refuse to copy what cannot be copied in time: better now than half-way."""
+        now = time.monotonic_ns()
+        if self.cancelled():
+            raise Cancelled(
+                f"the dump of process {self.pid} was cancelled; the process runs on", pid=self.pid
+            )
+        if options.deadline_ns and now > options.deadline_ns:
+            raise FrozenTooLong(
+                f"the deadline passed while process {self.pid} was frozen; it runs on", pid=self.pid
+            )
+        if options.max_frozen_us:
+            nr_bytes = 0 if work.stats.read_mode == "fork" else work.stats.pages_dirty * 4096
+            expected_us = (now - frozen.frozen_at_ns) // 1000 + nr_bytes // 4000  # 4 GB/s
+            if expected_us > options.max_frozen_us:
+                raise FrozenTooLong(
+                    f"process {self.pid} would be frozen for about {expected_us // 1000} ms, "
+                    f"longer than the {options.max_frozen_us // 1000} ms allowed; it runs on",
+                    hint="allow more with --max-frozen, or dump incrementally so that less has to be copied",
+                    pid=self.pid,
+                )
+
+    # -- after the thaw
+
+    def _read_copy(self, copy: ForkedCopy, work: _Work, report: Report) -> None:
+        report("reading the copy", 0, 0)
+        at = time.monotonic_ns()
+        self._worker.read_and_encode(work.copies)
+        work.mark("reading the copy", at)
+        copy.close()
+
+    def _finish(self, options: DumpOptions, parent: str, work: _Work, report: Report) -> None:
+        report("encoding", 0, 0)
+        at = time.monotonic_ns()
+        if parent and len(work.clean):
+            self._worker.inherit(work.clean)
+        self._worker.encode()
+        at = work.mark("encoding", at)
+        if self.cancelled():
+            raise Cancelled(
+                f"the dump of process {self.pid} was cancelled; the process runs on", pid=self.pid
+            )
+        report("committing", 0, 0)
+        tracepoint.hit("dump.commit")
+        stats = work.stats
+        identity = self.identity
+        found = self._worker.commit(
+            {
+                "pid": self.pid,
+                "comm": process.comm(self.pid),
+                "cmdline": " ".join(process.cmdline(self.pid)),
+                "tag": options.tag,
+                "backend": stats.backend,
+                "incremental": stats.incremental,
+                "host": platform.node(),
+                "boot_id": identity.boot_id,
+                "start_time": identity.start_time,
+                "stats": stats.to_dict(),
+            },
+            json.dumps(codec.encode(work.state), separators=(",", ":")).encode(),
+        )
+        work.mark("committing", at)
+        stats.image_id = found["id"]
+        stats.pages_zero, stats.pages_same = found["pages_zero"], found["pages_same"]
+        stats.pages_written, stats.pages_skipped_parent = found["pages_written"], found["nr_inherited"]
+        stats.bytes_raw, stats.bytes_stored = found["bytes_raw"], found["bytes_stored"]
+        tracepoint.hit("dump.committed")
+        if self._tracker is not None:
+            self._tracker.commit()
+        self.epoch_image_id = self.last_image_id = stats.image_id
+
+    def _reap(self, copy: ForkedCopy) -> None:
+        """The forked copy is the target's zombie until the target waits for it."""
+        with contextlib.suppress(CheckpointError, OSError), freeze(self.pid) as frozen:
+            frozen.reap_copy(copy)
+
+    # -- small things
+
+    def _make_tracker(self, backend: str, remote: Remote) -> None:
+        self.untrack()
+        refused = ""
+        calls = [Call(uffd.NR_USERFAULTFD, (os.O_CLOEXEC | os.O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY,))]
+        if backend != "content":
+            with contextlib.suppress(AttributeError):
+                if not remote.seccomp_ok(calls):  # type: ignore[attr-defined]
+                    refused = f"a seccomp filter of process {self.pid} forbids userfaultfd"
+        choice = select_backend(backend, self._features, injection_refused=refused)
+        if choice.backend == "uffd-wp":
+            try:
+                fd = _make_userfaultfd(self.pid, remote, calls)
+            except OSError as error:
+                choice = select_backend(
+                    backend,
+                    self._features,
+                    injection_refused=f"userfaultfd failed in the target: {error.strerror}",
+                )
+            else:
+                self._tracker = UffdWpTracker(fd, has_guard_category=self._features.guard_category)
+        if choice.backend == "content":
+            self._tracker = ContentTracker(has_guard_category=self._features.guard_category)
+        self.choice = choice
+
+    def _parent_of(self, options: DumpOptions) -> tuple[str, str]:
+        if not options.incremental:
+            return "", ""
+        parent = options.parent or self.last_image_id
+        if not parent:
+            return "", "no parent image of this process: this is the first generation, dumped in full"
+        return parent, ""
+
+    def _expected_pages(self, options: DumpOptions) -> int:
+        if options.incremental and self.last_image_id:
+            return min(self._last_dirty_pages * 3 // 2, FORK_ABOVE_PAGES)
+        with open(f"/proc/{self.pid}/statm", "rb") as file:
+            return min(int(file.read().split()[1]), FORK_ABOVE_PAGES)
+
+    def _freeze_timeout(self, options: DumpOptions) -> float:
+        timeout_s = 5.0
+        if options.deadline_ns:
+            timeout_s = min(timeout_s, (options.deadline_ns - time.monotonic_ns()) / 1e9)
+            if timeout_s <= 0:
+                raise FrozenTooLong("the deadline passed before the freeze", pid=self.pid)
+        return timeout_s
+
+    def _check_same_process(self) -> None:
+        if _identity(self.pid) != self.identity:
+            raise TargetExeced(f"pid {self.pid} is another process now", pid=self.pid)
+
+
+def _identity(pid: int) -> process.ProcessIdentity:
+    try:
+        return process.identity(pid)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise TargetGone(f"no process with pid {pid}", hint="look it up with `ps`", pid=pid) from error
+
+
+def _make_userfaultfd(pid: int, remote: Remote, calls: list[Call]) -> int:
+    """A userfaultfd of the target's address space, held by us alone."""
+    number = remote.batch(calls, undo=[Call(NR_CLOSE, (Result(0),))])[0]
+    if number < 0:
+        raise OSError(-number, os.strerror(-number), "userfaultfd")
+    try:
+        process_fd = pidfd.pidfd_open(pid)
+        try:
+            fd = pidfd.pidfd_getfd(process_fd, number)
+        finally:
+            os.close(process_fd)
+    finally:
+        remote.call(NR_CLOSE, number)
+    try:
+        uffd.handshake(fd, FEATURES)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _joined(a: Runs, b: Runs) -> Runs:
+    import numpy as np  # noqa: PLC0415
+
+    joined: Runs = np.concatenate((a, b))
+    return joined
+
+
+def _runs_of_range(start: int, end: int) -> Runs:
+    import numpy as np  # noqa: PLC0415
+
+    first, last = start >> 12, (end + 4095) >> 12
+    return np.array([[first, last - first]], dtype=np.uint64)
+
+
+def _with_guards(captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ...]) -> Any:
+    if len(found.guards) == 0:
+        return captured.space
+    marked = []
+    for state in captured.space.vmas:
+        inside = intersect_runs(found.guards, _runs_of_range(state.start, state.end))
+        guards = tuple((first << 12, (first + nr) << 12) for first, nr in inside.tolist())
+        marked.append(replace(state, guards=guards) if guards else state)
+    return replace(captured.space, vmas=tuple(marked))
+
+
+def _split_for_fork(
+    copies: list[CopyRequest], copy_pid: int, vmas: tuple[Vma, ...]
+) -> tuple[list[CopyRequest], list[CopyRequest]]:
+    """(what must be read from the stopped target, what the forked copy holds).
+
+    A forked copy lacks MADV_DONTFORK memory, reads zeroes in MADV_WIPEONFORK memory, keeps sharing what is
+    shared, and holds the injection's own bytes in one page of a file mapping.
+    """
+    unsafe_runs = NO_RUNS
+    for vma in vmas:
+        if vma.flags & {"dc", "wf"} or vma.kind is VmaKind.FILE_PRIVATE:
+            unsafe_runs = merge_runs(_joined(unsafe_runs, _runs_of_range(vma.start, vma.end)))
+    stopped, later = [], []
+    for request in copies:
+        if request.obj != PRIVATE_OBJECT or request.source:
+            stopped.append(request)
+            continue
+        now = intersect_runs(request.runs, unsafe_runs)
+        if len(now):
+            stopped.append(replace(request, runs=now))
+        later.append(
+            replace(request, runs=subtract_runs(request.runs, unsafe_runs), pid=copy_pid, through_mem=True)
+        )
+    return stopped, later
+
+
+@contextlib.contextmanager
+def dumper(pid: int) -> Iterator[Dumper]:
+    """A `Dumper` that lets its target go at the end."""
+    made = Dumper(pid)
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page worker: a process beside the agent that holds page buffers and writes the image.
+
+Why a process of its own: an agent that owned a gigabyte would take tens of milliseconds to die, and its target
+would stay frozen for that long.  The agent freezes, decides what to read and sends runs; the worker reads the
+frozen target's memory into a buffer prepared before the freeze, answers (the agent thaws), and only then hashes,
+compresses and writes.
+
+One request at a time over a `multiprocessing.connection.Connection`; both ends are ours, so messages are
+pickles.  Requests are (operation, arguments); answers are ("ok", value) or ("error", CheckpointError.to_dict()).
+The agent going away is end of file: an image not committed is aborted and the worker exits.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from checkpointd.errors import CheckpointError, TargetGone
+from checkpointd.image.builder import ImageBuilder
+from checkpointd.image.reader import Image
+from checkpointd.image.store import Store
+from checkpointd.linux import process_vm
+from checkpointd.memory import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PRIVATE_OBJECT,
+    Runs,
+    nr_pages_in,
+    pages_of,
+)
+
+Buffer = npt.NDArray[np.uint8]
+
+DEFAULT_COMPRESSION = "zstd:1"
+
+_THREADS = 2
+_PIECE_PAGES = 2048  # 8 MiB: what one thread reads, or encodes, at a time
+
+
+@dataclass(frozen=True)
+class CopyRequest:
+    """Pages to read from a process that stands still.
+
+    Attributes:
+        pid: the frozen target, or its forked copy.
+        obj: the image's object they belong to.
+        runs: page numbers there.
+        through_mem: read by /proc/PID/mem (does not un-share pages of forked relatives, reads PROT_NONE).
+        source: file to read a shared object from; "" reads the address space.
+    """
+
+    pid: int
+    obj: int
+    runs: Runs
+    through_mem: bool = True
+    source: str = ""
+
+
+class PageWorker:
+    """The agent's end."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "checkpointd.dump.pages", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection = Connection(ours.detach())
+
+    def begin(self, *, store: str, parent: str, compress: str, expected_pages: int) -> None:
+        """Open the store, load the parent's index and touch the buffer.  Before the freeze."""
+        self._ask("begin", store, parent, compress, expected_pages)
+
+    def copy(self, requests: list[CopyRequest]) -> None:
+        """Read pages into the buffer; returns when all of them are out of the target.
+
+        Raises:
+            TargetGone: it died while being read.
+        """
+        self._ask("copy", requests)
+
+    def inherit(self, runs: Runs) -> None:
+        """Take private pages from the parent."""
+        self._ask("inherit", runs)
+
+    def encode(self) -> None:
+        """Hash, compress and write what `copy` brought; the buffer is free again."""
+        self._ask("encode")
+
+    def read_and_encode(self, requests: list[CopyRequest]) -> None:
+        """Read from something that stays still (a forked copy) piece by piece, in bounded memory."""
+        self._ask("read_and_encode", requests)
+
+    def commit(self, meta: dict[str, Any], state: bytes) -> dict[str, Any]:
+        """Make the image durable; its ImageInfo with pages_zero, pages_same, pages_written, nr_inherited."""
+        found: dict[str, Any] = self._ask("commit", meta, state)
+        return found
+
+    def abort(self) -> None:
+        """Leave no half image; harmless at any time."""
+        self._ask("abort")
+
+    def close(self) -> None:
+        """End the worker; an image not committed is aborted."""
+        self._connection.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _ask(self, operation: str, *args: Any) -> Any:
+        try:
+            self._connection.send((operation, args))
+            kind, value = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise CheckpointError(
+                "the page worker ended unexpectedly; nothing was committed",
+                hint="look for an out-of-memory kill in the kernel log, then dump again",
+            ) from error
+        if kind == "error":
+            raise CheckpointError.from_dict(value)
+        return value
+
+
+class _Server:
+    """The worker's end."""
+
+    def __init__(self) -> None:
+        self._store: Store | None = None
+        self._store_path = ""
+        self._parent: Image | None = None
+        self._builder: ImageBuilder | None = None
+        self._buffer: Buffer = np.zeros(0, dtype=np.uint8)
+        self._copied: list[tuple[int, Runs, int]] = []  # (object, runs, offset in the buffer)
+        self._used = 0
+        self._pool = ThreadPoolExecutor(_THREADS)
+
+    def begin(self, store: str, parent: str, compress: str, expected_pages: int) -> None:
+        self.abort()
+        if self._store is None or self._store_path != store:
+            self._store, self._store_path, self._parent = Store.open(store), store, None
+        if not parent:
+            self._parent = None
+        elif self._parent is None or self._parent.id != parent:
+            self._parent = self._store.load(parent)
+        self._builder = self._store.begin(
+            parent=self._parent, threads=_THREADS, compress=compress or DEFAULT_COMPRESSION
+        )
+        self._reserve(expected_pages)
+
+    def copy(self, requests: list[CopyRequest]) -> None:
+        total = sum(nr_pages_in(request.runs) for request in requests)
+        self._reserve(self._used // PAGE_SIZE + total)
+        jobs: list[tuple[CopyRequest, Runs, int]] = []
+        for request in requests:
+            self._copied.append((request.obj, request.runs, self._used))
+            for piece in _pieces(request.runs):
+                jobs.append((request, piece, self._used))
+                self._used += nr_pages_in(piece) * PAGE_SIZE
+        self._each(lambda job: _read(job[0], job[1], self._buffer, job[2]), jobs)
+
+    def inherit(self, runs: Runs) -> None:
+        self._need().inherit(PRIVATE_OBJECT, pages_of(runs))
+
+    def encode(self) -> None:
+        builder = self._need()
+        jobs: list[tuple[int, Runs, int]] = []
+        for obj, runs, offset in self._copied:
+            at = offset
+            for piece in _pieces(runs):
+                jobs.append((obj, piece, at))
+                at += nr_pages_in(piece) * PAGE_SIZE
+
+        def add(job: tuple[int, Runs, int]) -> None:
+            size = nr_pages_in(job[1]) * PAGE_SIZE
+            builder.add_pages(job[0], pages_of(job[1]), self._buffer[job[2] : job[2] + size])
+
+        self._each(add, jobs)
+        self._copied, self._used = [], 0
+
+    def read_and_encode(self, requests: list[CopyRequest]) -> None:
+        builder = self._need()
+        jobs = [(request, piece) for request in requests for piece in _pieces(request.runs)]
+
+        def work(job: tuple[CopyRequest, Runs]) -> None:
+            request, piece = job
+            buffer = np.empty(nr_pages_in(piece) * PAGE_SIZE, dtype=np.uint8)
+            _read(request, piece, buffer, 0)
+            builder.add_pages(request.obj, pages_of(piece), buffer)
+
+        self._each(work, jobs)
+
+    def commit(self, meta: dict[str, Any], state: bytes) -> dict[str, Any]:
+        builder = self._need()
+        counts, nr_inherited = builder.counts, builder.nr_inherited
+        info = builder.commit(meta=meta, state=state)
+        self._builder = None
+        if self._store is not None:
+            self._parent = self._store.load(info.id)  # most likely the next parent: its index is warm then
+        return {
+            **info.to_dict(),
+            "pages_zero": counts.zero,
+            "pages_same": counts.same,
+            "pages_written": counts.written,
+            "nr_inherited": nr_inherited,
+        }
+
+    def abort(self) -> None:
+        if self._builder is not None:
+            self._builder.abort()
+            self._builder = None
+        self._copied, self._used = [], 0
+
+    def _need(self) -> ImageBuilder:
+        if self._builder is None:
+            raise CheckpointError("no image is being written")
+        return self._builder
+
+    def _reserve(self, nr_pages: int) -> None:
+        """A buffer of at least that many pages, touched: a first touch in the freeze would halve its speed."""
+        wanted = nr_pages * PAGE_SIZE
+        if len(self._buffer) >= wanted:
+            return
+        grown = np.empty(wanted, dtype=np.uint8)
+        bounds = np.linspace(0, wanted, _THREADS + 1).astype(np.int64)
+        list(self._pool.map(lambda n: grown[bounds[n] : bounds[n + 1] : PAGE_SIZE].fill(0), range(_THREADS)))
+        grown[: self._used] = self._buffer[: self._used]
+        self._buffer = grown
+
+    def _each(self, work: Callable[[Any], None], jobs: list[Any]) -> None:
+        if len(jobs) == 1:
+            work(jobs[0])
+            return
+        for _ in self._pool.map(work, jobs):
+            pass
+
+
+def _pieces(runs: Runs) -> Iterator[Runs]:
+    """Cut runs into lists of at most `_PIECE_PAGES` pages, whole runs together where they fit."""
+    if len(runs) == 0:
+        return
+    long = np.flatnonzero(runs[:, 1] > _PIECE_PAGES)
+    if len(long):
+        runs = np.concatenate(
+            [_split(runs[n]) if runs[n, 1] > _PIECE_PAGES else runs[n : n + 1] for n in range(len(runs))]
+            if len(runs) < 10_000
+            else [np.delete(runs, long, axis=0), *(_split(runs[n]) for n in long)]
+        )
+        runs = runs[np.argsort(runs[:, 0], kind="stable")]
+    ends = np.cumsum(runs[:, 1].astype(np.int64))
+    start = 0
+    while start < len(runs):
+        before = int(ends[start - 1]) if start else 0
+        stop = int(np.searchsorted(ends, before + _PIECE_PAGES, side="right"))
+        stop = max(stop, start + 1)
+        yield runs[start:stop]
+        start = stop
+
+
+def _split(run: Runs) -> Runs:
+    first, nr = int(run[0]), int(run[1])
+    starts = np.arange(first, first + nr, _PIECE_PAGES, dtype=np.uint64)
+    counts = np.minimum(np.uint64(_PIECE_PAGES), np.uint64(first + nr) - starts)
+    return np.stack((starts, counts), axis=1)
+
+
+def _read(request: CopyRequest, runs: Runs, buffer: Buffer, offset: int) -> None:
+    size = nr_pages_in(runs) * PAGE_SIZE
+    into = buffer[offset : offset + size]
+    try:
+        if request.source:
+            _read_file(request.source, runs, into)
+        elif request.through_mem:
+            _read_file(f"/proc/{request.pid}/mem", runs, into)
+        else:
+            nr = process_vm.read_runs(request.pid, runs << np.uint64(PAGE_SHIFT), into)
+            if nr != size:
+                # a page that only FOLL_FORCE reads (PROT_NONE): the slower door knows it
+                _read_file(f"/proc/{request.pid}/mem", runs, into)
+    except ProcessLookupError as error:
+        raise TargetGone(f"process {request.pid} ended while its memory was read", pid=request.pid) from error
+
+
+def _read_file(path: str, runs: Runs, into: Buffer) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        view, at = memoryview(into.data), 0
+        is_mem = path.endswith("/mem")
+        for first, nr in runs.tolist():
+            size = nr * PAGE_SIZE
+            done = 0
+            while done < size:
+                got = os.preadv(fd, [view[at + done : at + size]], (first << PAGE_SHIFT) + done)
+                if got == 0:
+                    if is_mem:
+                        raise ProcessLookupError(errno.ESRCH, path)
+                    # the tail of a shared object's last page lies behind its end
+                    into[at + done : at + size] = 0
+                    break
+                done += got
+            at += size
+    finally:
+        os.close(fd)
+
+
+def serve(fd: int) -> None:
+    """Answer until the agent is gone."""
+    server = _Server()
+    connection = Connection(fd)
+    while True:
+        try:
+            operation, args = connection.recv()
+        except (EOFError, OSError):
+            break
+        try:
+            answer = ("ok", getattr(server, operation)(*args))
+        except CheckpointError as error:
+            answer = ("error", error.to_dict())
+        except Exception as error:
+            answer = ("error", CheckpointError(f"{operation}: {type(error).__name__}: {error}").to_dict())
+        try:
+            connection.send(answer)
+        except OSError:
+            break
+    server.abort()
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))
