@@ -13,21 +13,26 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from checkpointd.linux._libc import address_of, syscall
 
 NETLINK_SOCK_DIAG = 4
 SOL_NETLINK = 270
 NETLINK_LIST_MEMBERSHIPS = 9
 NETLINK_ADD_MEMBERSHIP = 1
 
+SO_ATTACH_FILTER = 26  # SO_GET_FILTER when read
 SO_RCVBUFFORCE, SO_SNDBUFFORCE = 33, 32
 SO_PROTOCOL, SO_DOMAIN = 38, 39
 SIOCOUTQ = 0x5411
 
 TCP_ESTABLISHED, TCP_SYN_SENT, TCP_CLOSE, TCP_LISTEN = 1, 2, 7, 10
 
+_NR_SETSOCKOPT, _NR_GETSOCKOPT = 54, 55
 _SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST, _NLMSG_ERROR = 1, 2
+_NLM_F_REQUEST, _NLM_F_DUMP, _NLMSG_ERROR, _NLMSG_DONE = 1, 0x300, 2, 3
 # UDIAG_SHOW_NAME, _VFS, _PEER, _RQLEN (bits 0, 1, 2, 4); the shutdown attribute always comes
 _SHOW = 0x01 | 0x02 | 0x04 | 0x10
 # struct nlmsghdr: len, type, flags, seq, pid
@@ -134,16 +139,56 @@ class UnixDiag:
 
     def query(self, inode: int) -> UnixInfo:
         """The socket with this inode; ENOENT when there is none."""
-        any_cookie = 0xFFFF_FFFF
-        request = _REQUEST.pack(socket.AF_UNIX, 0, 0, any_cookie, inode, _SHOW, any_cookie, any_cookie)
-        header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0)
+        self._send(inode, _NLM_F_REQUEST)
+        return next(self._answers())
+
+    def dump(self) -> list[UnixInfo]:
+        """All UNIX sockets."""
+        self._send(0, _NLM_F_REQUEST | _NLM_F_DUMP)
+        return list(self._answers())
+
+    def _send(self, inode: int, flags: int) -> None:
+        every = 0xFFFF_FFFF
+        request = _REQUEST.pack(socket.AF_UNIX, 0, 0, every, inode, _SHOW, every, every)
+        header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, flags, 1, 0)
         self._socket.send(header + request)
-        answer = self._socket.recv(65536)
-        _, kind, *_ = _HEADER.unpack_from(answer)
-        if kind == _NLMSG_ERROR:
-            code = -struct.unpack_from("=i", answer, _HEADER.size)[0]
-            raise OSError(code or errno.EIO, os.strerror(code or errno.EIO))
-        return parse_unix_diag(answer[_HEADER.size :])
+
+    def _answers(self) -> Iterator[UnixInfo]:
+        while True:
+            answer = self._socket.recv(1 << 17)
+            at = 0
+            while at + _HEADER.size <= len(answer):
+                size, kind, *_ = _HEADER.unpack_from(answer, at)
+                body = answer[at + _HEADER.size : at + size]
+                if kind == _NLMSG_DONE:
+                    return
+                if kind == _NLMSG_ERROR:
+                    code = -struct.unpack_from("=i", body)[0] or errno.EIO
+                    raise OSError(code, os.strerror(code))
+                yield parse_unix_diag(body)
+                at += max((size + 3) & ~3, _HEADER.size)
+
+
+def classic_filter(fd: int) -> bytes:
+    """Instructions (struct sock_filter, 8 bytes each) of the attached classic BPF filter, b"" without one.
+
+    EACCES for an eBPF program, which cannot be read back.
+    """
+    # the kernel counts in instructions: asked with room for none it only tells how many there are
+    length = bytearray(4)
+    syscall(_NR_GETSOCKOPT, fd, socket.SOL_SOCKET, SO_ATTACH_FILTER, 0, length, name="getsockopt")
+    (count,) = struct.unpack("=I", length)
+    if not count:
+        return b""
+    room = bytearray(count * 8)
+    syscall(_NR_GETSOCKOPT, fd, socket.SOL_SOCKET, SO_ATTACH_FILTER, room, length, name="getsockopt")
+    return bytes(room)
+
+
+def attach_filter(fd: int, instructions: bytes) -> None:
+    # struct sock_fprog: unsigned short len, struct sock_filter *filter
+    program = struct.pack("@HP", len(instructions) // 8, address_of(instructions))
+    syscall(_NR_SETSOCKOPT, fd, socket.SOL_SOCKET, SO_ATTACH_FILTER, program, len(program), name="setsockopt")
 
 
 def netlink_groups(sock: socket.socket) -> tuple[int, ...]:

@@ -338,6 +338,7 @@ class PipeState:
         path: of a FIFO, else "".
         size_bytes: its capacity (F_GETPIPE_SZ).
         content: what waits to be read, one item per packet where the pipe is in packet mode.
+        packets: it is (O_DIRECT).
         external: the side the target does not hold is held by somebody else.
         hung_up: the side the target does not hold is closed.
     """
@@ -348,6 +349,7 @@ class PipeState:
     content: tuple[bytes, ...]
     external: bool
     hung_up: bool
+    packets: bool = False
     uid: int = 0
     gid: int = 0
 

@@ -40,8 +40,8 @@ def pipe(session: Session, ends: Sequence[OpenFd]) -> PipeState:
             "say what it shall be at restore with --external keep or --external null"
         )
     content: tuple[bytes, ...] = ()
+    packets = any(end.flags & os.O_DIRECT for end in ends)  # pipe2(O_DIRECT) marks both ends
     if readers and session.final:
-        packets = any(end.flags & os.O_DIRECT for end in writers) or _may_hold_packets(readers)
         with session.borrow(readers[0].fd) as fd:
             content = _peek(fd, readers[0].fd, size_bytes, packets)
     return PipeState(
@@ -51,6 +51,7 @@ def pipe(session: Session, ends: Sequence[OpenFd]) -> PipeState:
         content=content,
         external=external,
         hung_up=hung_up,
+        packets=packets,
         uid=one.stat.st_uid,
         gid=one.stat.st_gid,
     )
@@ -58,11 +59,6 @@ def pipe(session: Session, ends: Sequence[OpenFd]) -> PipeState:
 
 def is_pipe(one: OpenFd) -> bool:
     return stat.S_ISFIFO(one.stat.st_mode)
-
-
-def _may_hold_packets(readers: Sequence[OpenFd]) -> bool:
-    # pipe2(O_DIRECT) marks both ends
-    return any(end.flags & os.O_DIRECT for end in readers)
 
 
 def _hung_up(fd: int) -> bool:

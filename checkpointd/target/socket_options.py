@@ -12,9 +12,9 @@ import functools
 import socket
 import struct
 
+from checkpointd.linux import socket as sockets
 from checkpointd.state.files import SocketOption
 
-_SO_GET_FILTER = 26
 _SO_BUF_LOCK = (
     72  # Linux kernel commit 04190bf8944d ("sock: allow reading and changing sk_userlocks ...") (in v5.15)
 )
@@ -49,6 +49,7 @@ _ABSENT = (
 def changed_options(sock: socket.socket) -> tuple[SocketOption, ...]:
     """Options to set on a fresh socket of the same family, type and protocol to make it like this one.
 
+    A classic BPF filter is told as SO_ATTACH_FILTER with its instructions.
     SO_SNDBUF and SO_RCVBUF are told only where the program set them: setting them ends autotuning.
     """
     fresh = _fresh_options(sock.family, int(sock.type), sock.proto)
@@ -69,16 +70,9 @@ def changed_options(sock: socket.socket) -> tuple[SocketOption, ...]:
                 found.append(
                     SocketOption(socket.SOL_SOCKET, name, sock.getsockopt(socket.SOL_SOCKET, name, 4))
                 )
+    if instructions := sockets.classic_filter(sock.fileno()):
+        found.append(SocketOption(socket.SOL_SOCKET, sockets.SO_ATTACH_FILTER, instructions))
     return tuple(found)
-
-
-def has_filter(sock: socket.socket) -> bool:
-    """Is a socket filter attached?"""
-    try:
-        return bool(sock.getsockopt(socket.SOL_SOCKET, _SO_GET_FILTER, 4096))
-    except OSError as error:
-        # EACCES: an eBPF one; EINVAL: longer than our room
-        return error.errno in (errno.EACCES, errno.EINVAL)
 
 
 def _names(family: int, kind: int, protocol: int) -> list[tuple[int, int]]:

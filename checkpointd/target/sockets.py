@@ -20,14 +20,14 @@ from checkpointd.state.files import (
     UnixSocket,
 )
 from checkpointd.target.files_session import CannotSaveError, OpenFd, Session
-from checkpointd.target.socket_options import changed_options, has_filter
+from checkpointd.target.socket_options import changed_options
 
 _FAMILY_NAMES = {
     17: "packet", 29: "CAN", 30: "TIPC", 31: "Bluetooth", 38: "AF_ALG (kernel crypto)", 40: "vsock", 44: "XDP",
 }  # fmt: skip
 _NETLINK_PROTOCOLS = {0: "route", 4: "sock_diag", 15: "kobject uevents", 16: "generic"}
 _IPPROTO_MPTCP = 262
-_EMPTY_UNIX = b""
+_BOTH_SHUT = 3
 
 
 def one_socket(
@@ -54,10 +54,12 @@ def _classify(
     session: Session, one: OpenFd, sock: socket.socket, index_by_inode: Mapping[int, int]
 ) -> InetSocket | ClosedSocket | UnixSocket | NetlinkSocket:
     family = sock.getsockopt(socket.SOL_SOCKET, sockets.SO_DOMAIN)
-    if has_filter(sock):
+    try:
+        sockets.classic_filter(sock.fileno())
+    except PermissionError as error:
         raise CannotSaveError(
-            f"fd {one.fd} is a socket with a BPF filter attached, which cannot be read back"
-        )
+            f"fd {one.fd} is a socket with an eBPF filter attached, which cannot be read back; detach it first"
+        ) from error
     if family in (socket.AF_INET, socket.AF_INET6):
         if sock.type == socket.SOCK_STREAM and sock.proto in (0, socket.IPPROTO_TCP):
             return _tcp(session, one, sock)
@@ -166,7 +168,9 @@ def _unix(
     peer, peer_name, hung_up = None, b"", False
     if info.state != sockets.TCP_LISTEN and connected:
         peer = index_by_inode.get(info.peer) if info.peer else None
-        if peer is None and info.peer:
+        # a peer that nobody accepted yet has no inode; one that is gone has shut both directions
+        waiting = not info.peer and not packets and info.shutdown != _BOTH_SHUT
+        if waiting or (peer is None and info.peer):
             peer_name = _raw_name(sock.getpeername())
             if not (packets and peer_name):
                 return _outside(session, one, sock, peer_name)
@@ -270,7 +274,7 @@ def _unread(sock: socket.socket) -> int:
 
 
 def _raw_name(name: str | bytes | None) -> bytes:
-    return os.fsencode(name) if isinstance(name, str) else name or _EMPTY_UNIX
+    return os.fsencode(name) if isinstance(name, str) else name or b""
 
 
 def _address(name: tuple[str, int] | tuple[str, int, int, int]) -> InetAddress:

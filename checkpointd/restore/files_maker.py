@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all makers of open files share while a process's descriptions are built in our own table.
+
+Every description is made here first and installed in the target afterwards, so that a failure costs the target
+nothing.  Ours are closed at the end, whatever happens.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from checkpointd.errors import RestoreConflict
+from checkpointd.linux import fcntl as fdcalls
+from checkpointd.restore.holders import Holder, find_holders
+from checkpointd.state import files as state_of
+from checkpointd.state.files import ClosedSocket, FilesOptions, FilesState, PipeEnd
+
+# flags an open(2) must not repeat: they made the file, or need a descriptor in the target
+_NOT_AGAIN = os.O_CREAT | os.O_EXCL | os.O_TRUNC | fdcalls.FASYNC
+_TMPFILE_BIT = 0o20000000  # __O_TMPFILE: O_TMPFILE without the O_DIRECTORY in it
+_SETTABLE = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
+
+
+@dataclass(frozen=True)
+class FilesContext:
+    """What a restore of files needs from outside.
+
+    Attributes:
+        object_fds: our descriptor (read and write) of each shared memory object of the image, by id.
+        content: pieces, in order, of the content that the image keeps as pages for description `index`.
+        same_boot: inode numbers of pipes and sockets and the monotonic clock still mean what they meant.
+    """
+
+    options: FilesOptions = field(default_factory=FilesOptions)
+    object_fds: Mapping[int, int] = field(default_factory=dict)
+    content: Callable[[int], Iterable[bytes]] = lambda index: ()
+    same_boot: bool = True
+
+
+@dataclass
+class Maker:
+    """The state of one restore of files.
+
+    Attributes:
+        pid: of the process as it will be.
+        local: our descriptor of each description made so far.
+        content_base: descriptor of the file that holds the content of description `index`.
+        bases: descriptors that keep something alive until all is made (unlinked files, pipe ends).
+        deferred: what must wait until all is open (modes, owners, seals).
+    """
+
+    state: FilesState
+    context: FilesContext
+    pid: int
+    local: dict[int, int] = field(default_factory=dict)
+    bases: list[int] = field(default_factory=list)
+    content_base: dict[int, int] = field(default_factory=dict)
+    deferred: list[Callable[[], None]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    _holders: dict[str, Holder] | None = None
+    _numbers: dict[int, list[state_of.Descriptor]] | None = None
+
+    @property
+    def options(self) -> FilesOptions:
+        return self.context.options
+
+    def name(self, index: int) -> str:
+        """The description as the user knows it: by its lowest descriptor."""
+        descriptors = self.descriptors(index)
+        return f"fd {descriptors[0].fd}" if descriptors else f"description {index}"
+
+    def descriptors(self, index: int) -> list[state_of.Descriptor]:
+        """The descriptors of a description, ascending."""
+        if self._numbers is None:
+            self._numbers = {}
+            for one in sorted(self.state.descriptors, key=lambda one: one.fd):
+                self._numbers.setdefault(one.description, []).append(one)
+        return self._numbers.get(index, [])
+
+    def path(self, path: str) -> str:
+        """A path of the image as we reach it."""
+        return rooted(self.options.root, own_proc_path(path, self.state.pid, self.pid))
+
+    def keep(self, fd: int) -> int:
+        self.bases.append(fd)
+        return fd
+
+    def close_bases(self) -> None:
+        while self.bases:
+            os.close(self.bases.pop())
+
+    def close(self) -> None:
+        self.close_bases()
+        while self.local:
+            os.close(self.local.popitem()[1])
+
+    def holder(self, link: str) -> Holder | None:
+        """A process that still has the pipe or socket `link` open."""
+        if not self.context.same_boot:
+            return None
+        if self._holders is None:
+            self._holders = find_holders(external_links(self.state), not_in={self.pid, os.getpid()})
+        return self._holders.get(link)
+
+
+def external_links(state: FilesState) -> set[str]:
+    """`/proc/PID/fd` links of everything that was shared with other processes."""
+    links = set()
+    for one in state.descriptions:
+        if isinstance(one, PipeEnd) and state.pipes[one.pipe].external and not state.pipes[one.pipe].path:
+            links.add(f"pipe:[{state.pipes[one.pipe].inode}]")
+        elif isinstance(one, ClosedSocket):
+            links.add(f"socket:[{one.inode}]")
+    return links
+
+
+def rooted(root: str, path: str) -> str:
+    return path if root == "/" else os.path.join(root, path.lstrip("/"))
+
+
+def own_proc_path(path: str, old_pid: int, new_pid: int) -> str:
+    """A path below the process's own directory in /proc follows the process."""
+    for old in (f"/proc/{old_pid}/", f"/proc/{old_pid}"):
+        if path == old or (old.endswith("/") and path.startswith(old)):
+            return f"/proc/{new_pid}" + path[len(f"/proc/{old_pid}") :]
+    return path
+
+
+def open_again(path: str, flags: int, *, what: str, block: bool = True) -> int:
+    """open(2) with the status flags of an image.
+
+    Args:
+        what: the description and its path, for the error.
+        block: False opens without waiting for a peer (FIFOs, terminals) and sets the flags afterwards.
+
+    Raises:
+        RestoreConflict: it cannot be opened.
+    """
+    wanted = flags & ~_NOT_AGAIN | os.O_CLOEXEC | os.O_NOCTTY
+    if flags & _TMPFILE_BIT:
+        wanted &= ~os.O_TMPFILE
+    try:
+        fd = os.open(path, wanted if block else wanted & ~os.O_DIRECT | os.O_NONBLOCK)
+        if not block:
+            set_status(fd, flags)
+    except OSError as error:
+        raise RestoreConflict(
+            f"{what} cannot be opened: {error.strerror}",
+            hint="Bring the file back where it was, or restore with another --root.",
+            path=path,
+        ) from error
+    return fd
+
+
+def reopen(fd: int, flags: int, *, what: str, block: bool = True) -> int:
+    """A new description of what our descriptor `fd` has open."""
+    return open_again(f"/proc/self/fd/{fd}", flags & ~os.O_NOFOLLOW, what=what, block=block)
+
+
+def set_status(fd: int, flags: int) -> None:
+    """F_SETFL, except O_ASYNC, which belongs to a descriptor of the target."""
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & _SETTABLE)
+
+
+def write_all(fd: int, pieces: Iterable[bytes]) -> int:
+    """Write from offset 0, leaving zero pieces as holes; the number of bytes covered."""
+    at = 0
+    for piece in pieces:
+        if piece.count(0) != len(piece):
+            view = memoryview(piece)
+            done = 0
+            while done < len(view):
+                done += os.pwrite(fd, view[done:], at + done)
+        at += len(piece)
+    return at

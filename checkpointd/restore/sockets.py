@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State in: sockets, made in our own descriptor table.  Raises RestoreConflict."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+
+from checkpointd.errors import RestoreConflict
+from checkpointd.linux import socket as sockets
+from checkpointd.linux.pidfd import pidfd_getfd
+from checkpointd.restore import holders
+from checkpointd.restore.files_maker import Maker, open_again, set_status
+from checkpointd.state.files import (
+    ClosedSocket,
+    InetAddress,
+    InetSocket,
+    NetlinkSocket,
+    Socket,
+    SocketFile,
+    SocketOption,
+    UnixSocket,
+)
+
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = sockets.SO_SNDBUFFORCE, sockets.SO_RCVBUFFORCE
+_FORCED = {socket.SO_SNDBUF: _SO_SNDBUFFORCE, socket.SO_RCVBUF: _SO_RCVBUFFORCE}
+_SUN_PATH_BYTES = 108
+_QUEUE_BUFFER_BYTES = 8 << 20
+_RCV_SHUTDOWN, _SEND_SHUTDOWN = 1, 2
+
+
+def sockaddr(family: int, address: InetAddress) -> tuple[str, int] | tuple[str, int, int, int]:
+    if family == socket.AF_INET6:
+        return address.host, address.port, address.flow_info, address.scope_id
+    return address.host, address.port
+
+
+def set_options(sock: socket.socket, options: tuple[SocketOption, ...]) -> list[str]:
+    """Set what differs from a fresh socket; the options that could not be set."""
+    failed = []
+    for option in options:
+        try:
+            if option.level == socket.SOL_SOCKET and option.name in _FORCED:
+                _set_buffer(sock, option)
+            elif (option.level, option.name) == (socket.SOL_SOCKET, sockets.SO_ATTACH_FILTER):
+                sockets.attach_filter(sock.fileno(), option.value)
+            else:
+                sock.setsockopt(option.level, option.name, option.value)
+        except OSError as error:
+            failed.append(f"option {option.level}:{option.name} ({error.strerror})")
+    return failed
+
+
+def _set_buffer(sock: socket.socket, option: SocketOption) -> None:
+    size_bytes = struct.unpack("i", option.value)[0] // 2  # the kernel doubles what it is given
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _FORCED[option.name], size_bytes)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, option.name, size_bytes)
+
+
+def _new(maker: Maker, index: int, one: Socket) -> socket.socket:
+    try:
+        sock = socket.socket(one.family, one.type | socket.SOCK_CLOEXEC, one.protocol)
+    except OSError as error:
+        raise RestoreConflict(
+            f"{maker.name(index)}: no socket of family {one.family} can be made: {error.strerror}"
+        ) from error
+    _tell(maker, index, set_options(sock, one.options))
+    return sock
+
+
+def _tell(maker: Maker, index: int, failed: list[str]) -> None:
+    maker.warnings.extend(f"{maker.name(index)}: socket {what} could not be set" for what in failed)
+
+
+def _finish(sock: socket.socket, one: Socket) -> int:
+    """Owner and status flags; the descriptor."""
+    there = os.fstat(sock.fileno())
+    if (there.st_uid, there.st_gid) != (one.uid, one.gid):
+        with contextlib.suppress(PermissionError):
+            os.fchown(sock.fileno(), one.uid, one.gid)
+    set_status(sock.fileno(), one.flags)
+    return sock.detach()
+
+
+def inet(maker: Maker, index: int, one: InetSocket) -> int:
+    """TCP listening or idle, UDP bound or connected."""
+    with _new(maker, index, one) as sock:
+        if one.local:
+            bind_inet(maker.name(index), sock, one)
+        if one.state == "listening":
+            try:
+                sock.listen(one.backlog)
+            except OSError as error:
+                raise _in_use(maker.name(index), one, error) from error
+        elif one.state == "connected" and one.peer:
+            try:
+                sock.connect(sockaddr(one.family, one.peer))
+            except OSError as error:
+                there = holders.sockaddr_text(one.peer.host, one.peer.port)
+                maker.warnings.append(
+                    f"{maker.name(index)}: the UDP socket could not be connected to {there} ({error.strerror})"
+                )
+        if one.pending:
+            maker.warnings.append(
+                f"{maker.name(index)}: {one.pending} connections waiting at the dump are lost"
+            )
+        return _finish(sock, one)
+
+
+def bind_inet(name: str, sock: socket.socket, one: InetSocket) -> None:
+    """Bind to the address of the image, past connections of the old process that linger.
+
+    Raises:
+        RestoreConflict: the address is taken (by whom) or not of this machine.
+    """
+    assert one.local is not None
+    reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    if one.type == socket.SOCK_STREAM:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(sockaddr(one.family, one.local))
+    except OSError as error:
+        raise _in_use(name, one, error) from error
+    finally:
+        if one.type == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+
+
+def _in_use(name: str, one: InetSocket, error: OSError) -> RestoreConflict:
+    assert one.local is not None
+    kind = "TCP" if one.type == socket.SOCK_STREAM else "UDP"
+    what = f"{name}: {kind} address {holders.sockaddr_text(one.local.host, one.local.port)}"
+    if error.errno == errno.EADDRINUSE:
+        return RestoreConflict(
+            f"{what} is in use by {holders.port_holder(one.type, one.local.port)}",
+            hint="Stop that process, then restore again.",
+            port=one.local.port,
+        )
+    return RestoreConflict(
+        f"{what} cannot be bound: {error.strerror}", hint="Give this machine that address."
+    )
+
+
+def closed(maker: Maker, index: int, one: ClosedSocket) -> int:
+    """A socket as its program finds it when the peer hung up: end of file, then a broken pipe."""
+    if one.family == socket.AF_UNIX and maker.options.external == "keep" and maker.options.tcp != "close":
+        return _kept(maker, index, one)
+    if one.family == socket.AF_UNIX and maker.descriptors(index)[0].fd <= 2:
+        # a standard stream that breaks at the first word would end the program
+        maker.warnings.append(f"{maker.name(index)}: /dev/null stands for the connection {one.peer}".rstrip())
+        return open_again(
+            maker.path("/dev/null"), os.O_RDWR | one.flags & os.O_NONBLOCK, what=maker.name(index)
+        )
+    if one.family == socket.AF_UNIX:
+        ours, peer = socket.socketpair(socket.AF_UNIX, one.type)
+    else:
+        ours, peer = _tcp_pair(one.family)
+    with ours, peer:
+        _tell(maker, index, set_options(ours, one.options))
+        maker.warnings.append(
+            f"{maker.name(index)}: the connection {f'with {one.peer} ' if one.peer else ''}comes back closed"
+        )
+        return _finish(ours, one)
+
+
+def _kept(maker: Maker, index: int, one: ClosedSocket) -> int:
+    holder = maker.holder(f"socket:[{one.inode}]")
+    if holder is None:
+        raise RestoreConflict(
+            f"{maker.name(index)} is a UNIX socket connected to another process"
+            f"{f' ({one.peer})' if one.peer else ''}, and nobody holds that connection any more",
+            hint="Restore with --external null to have it come back closed.",
+        )
+    pidfd = os.pidfd_open(holder.pid)
+    try:
+        return pidfd_getfd(pidfd, holder.fd)
+    except OSError as error:
+        raise RestoreConflict(
+            f"{maker.name(index)}: the connection cannot be taken from {holders.describe(holder.pid)}: {error.strerror}"
+        ) from error
+    finally:
+        os.close(pidfd)
+
+
+def _tcp_pair(family: int) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a TCP connection over the loopback: nothing of it leaves the machine."""
+    host = "127.0.0.1"
+    if family == socket.AF_INET6:
+        host = "::1"
+    try:
+        return _connect_pair(family, host)
+    except OSError:
+        if family != socket.AF_INET6:
+            raise
+        return _connect_pair(family, "::ffff:127.0.0.1")
+
+
+def _connect_pair(family: int, host: str) -> tuple[socket.socket, socket.socket]:
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind((host, 0))
+        listener.listen(8)
+        ours = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            ours.connect(listener.getsockname())
+            while True:
+                peer, address = listener.accept()
+                if address[:2] == ours.getsockname()[:2]:
+                    return ours, peer
+                peer.close()  # some stranger was quicker
+        except BaseException:
+            ours.close()
+            raise
+
+
+def unix(maker: Maker, index: int, one: UnixSocket) -> None:
+    """A UNIX socket; for a pair both ends are made when the first is met."""
+    if index in maker.local:
+        return
+    if one.peer is not None:
+        other = maker.state.descriptions[one.peer]
+        if isinstance(other, UnixSocket) and other.peer == index and one.peer != index:
+            _pair(maker, index, one, one.peer, other)
+            return
+    if one.hung_up:
+        ours, peer = socket.socketpair(socket.AF_UNIX, one.type)
+        with ours, peer:
+            _tell(maker, index, set_options(ours, one.options))
+            _send_queue(peer, one.queue)
+            peer.close()
+            maker.local[index] = _finish(ours, one)
+        return
+    with _new(maker, index, one) as sock:
+        _bind_unix(maker, index, sock, one)
+        if one.state == "listening":
+            sock.listen(one.backlog)
+            if one.pending:
+                maker.warnings.append(
+                    f"{maker.name(index)}: {one.pending} connections waiting at the dump are lost"
+                )
+        maker.local[index] = _finish(sock, one)
+
+
+def connect_unix(maker: Maker, index: int, one: UnixSocket) -> None:
+    """Connect a datagram socket to its named peer, once all names are bound."""
+    name = one.peer_name
+    if one.peer is not None and not name:
+        other = maker.state.descriptions[one.peer]
+        if not isinstance(other, UnixSocket) or other.peer == index:
+            return
+        name = _bound_name(maker, other)
+    if not name:
+        return
+    with _borrow(maker.local[index]) as sock:
+        try:
+            sock.connect(name)
+        except OSError as error:
+            shown = os.fsdecode(name.replace(b"\0", b"@"))
+            maker.warnings.append(
+                f"{maker.name(index)}: could not be connected to {shown} ({error.strerror})"
+            )
+
+
+def _bound_name(maker: Maker, one: UnixSocket) -> bytes:
+    if one.abstract is not None:
+        return b"\0" + one.abstract
+    return os.fsencode(maker.path(one.file.path)) if one.file else b""
+
+
+@contextlib.contextmanager
+def _borrow(fd: int):  # type: ignore[no-untyped-def]
+    sock = socket.socket(fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def _pair(maker: Maker, index: int, one: UnixSocket, peer_index: int, other: UnixSocket) -> None:
+    first, second = socket.socketpair(socket.AF_UNIX, one.type)
+    with first, second:
+        _tell(maker, index, set_options(first, one.options))
+        _tell(maker, peer_index, set_options(second, other.options))
+        _send_queue(second, one.queue)
+        _send_queue(first, other.queue)
+        for sock, state in ((first, one), (second, other)):
+            if state.shutdown & _SEND_SHUTDOWN:
+                sock.shutdown(socket.SHUT_WR)
+            if state.shutdown & _RCV_SHUTDOWN:
+                sock.shutdown(socket.SHUT_RD)
+        maker.local[index] = _finish(first, one)
+        maker.local[peer_index] = _finish(second, other)
+
+
+def _send_queue(sock: socket.socket, queue: tuple[bytes, ...]) -> None:
+    """Send what the other end had not read; it fitted once, and gets the room again."""
+    if not queue:
+        return
+    before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _QUEUE_BUFFER_BYTES)
+    for piece in queue:
+        done = 0
+        while done < len(piece):
+            done += sock.send(piece[done:], socket.MSG_DONTWAIT)
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, before // 2)
+
+
+def _bind_unix(maker: Maker, index: int, sock: socket.socket, one: UnixSocket) -> None:
+    if one.abstract is not None:
+        try:
+            sock.bind(b"\0" + one.abstract)
+        except OSError as error:
+            who = holders.unix_name_holder(b"\0" + one.abstract) or "another process"
+            shown = os.fsdecode(one.abstract)
+            raise RestoreConflict(
+                f"{maker.name(index)}: the UNIX name @{shown} is in use by {who}",
+                hint="Stop that process, then restore again.",
+            ) from error
+    elif one.file is not None:
+        _bind_file(maker, index, sock, one.file)
+
+
+def _bind_file(maker: Maker, index: int, sock: socket.socket, file: SocketFile) -> None:
+    path = maker.path(file.path)
+    if file.deleted and os.path.lexists(path):
+        maker.warnings.append(
+            f"{maker.name(index)}: {file.path} belongs to another socket now; left without name"
+        )
+        return
+    if problem := socket_path_conflict(path, file):
+        raise RestoreConflict(f"{maker.name(index)}: {problem}", path=file.path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    directory = -1
+    try:
+        name = os.fsencode(path)
+        if len(name) >= _SUN_PATH_BYTES:
+            directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            name = os.fsencode(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+        sock.bind(name)
+        os.chmod(path, file.mode)
+        with contextlib.suppress(PermissionError):
+            os.chown(path, file.uid, file.gid)
+        if file.deleted:
+            os.unlink(path)
+    except OSError as error:
+        raise RestoreConflict(
+            f"{maker.name(index)}: the UNIX socket {file.path} cannot be bound: {error.strerror}",
+            path=file.path,
+        ) from error
+    finally:
+        if directory >= 0:
+            os.close(directory)
+
+
+def socket_path_conflict(path: str, file: SocketFile) -> str:
+    """Why a socket cannot be bound at `path`, "" if it can (over the dead socket of the old process, too)."""
+    try:
+        there = os.lstat(path)
+    except FileNotFoundError:
+        if not os.path.isdir(os.path.dirname(path)):
+            return f"the directory of the UNIX socket {file.path} is gone; make it again"
+        return ""
+    if not stat.S_ISSOCK(there.st_mode):
+        return f"{file.path} is no socket any more; move it away"
+    if who := holders.unix_file_holder(there):
+        return f"the UNIX socket {file.path} is in use by {who}"
+    return ""
+
+
+def netlink(maker: Maker, index: int, one: NetlinkSocket) -> int:
+    with _new(maker, index, one) as sock:
+        if one.port or one.groups:
+            try:
+                sock.bind((one.port, 0))
+            except OSError:
+                sock.bind((0, 0))
+                maker.warnings.append(
+                    f"{maker.name(index)}: netlink address {one.port} is taken; given another"
+                )
+        for group in one.groups:
+            try:
+                sock.setsockopt(sockets.SOL_NETLINK, sockets.NETLINK_ADD_MEMBERSHIP, group)
+            except OSError as error:
+                maker.warnings.append(
+                    f"{maker.name(index)}: netlink group {group} not joined ({error.strerror})"
+                )
+        fcntl.fcntl(sock, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+        set_status(sock.fileno(), one.flags)
+        return sock.detach()
