@@ -221,16 +221,24 @@ def test_a_damaged_image_can_be_removed_and_costs_no_other(original, tmp_path):
     shutil.copytree(path, copy)
     store = Store.open(copy)
     ids = [info.id for info in store.images()]
-    file = copy / "images" / f"{ids[1]}.img"
+    last = {pack.id for pack in store.load(ids[2]).packs}
+    assert last - {pack.id for image_id in ids[:2] for pack in store.load(image_id).packs}
+    file = copy / "images" / f"{ids[2]}.img"
+    content = file.read_bytes()
     file.write_bytes(b"\xff" * 500)
-    infos = store.images()
-    assert sum(1 for info in infos if info.damaged) == 1
-    nr_packs = len(os.listdir(copy / "packs"))
+    assert sum(1 for info in store.images() if info.damaged) == 1
     store.remove(ids[0])
-    assert len(os.listdir(copy / "packs")) == nr_packs, "with one header unreadable, nothing may be dropped"
-    store.remove(ids[1])
+    left = {name.removesuffix(".pack") for name in os.listdir(copy / "packs")}
+    assert last <= left, "with one header unreadable, nothing may be dropped"
+    file.write_bytes(content)  # say, from a copy
     assert store.verify(ids[2]).ok
     assert (store.load(ids[2]).read(0, PAGES).reshape(-1, PAGE_SIZE) == truth[ids[2]][0]).all()
+    file.write_bytes(b"\xff" * 500)
+    store.remove(ids[2])
+    assert store.verify(ids[1]).ok
+    assert (store.load(ids[1]).read(0, PAGES).reshape(-1, PAGE_SIZE) == truth[ids[1]][0]).all()
+    kept = {f"{pack.id}.pack" for pack in store.load(ids[1]).packs}
+    assert set(os.listdir(copy / "packs")) == kept
 
 
 def test_another_version_is_named(original, tmp_path):

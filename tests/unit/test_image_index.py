@@ -43,6 +43,9 @@ def test_each_page_finds_its_location(mapping, others):
     index = index_of(pages, locations)
     assert np.array_equal(index.pages(), pages)
     assert np.array_equal(index.page_locations(), locations)
+    real = index.locations != ZERO
+    last = index.locations[real] + index.counts[real] - 1
+    assert np.array_equal(index.locations[real] >> 32, last >> 32), "an extent lies in one pack"
     asked = np.array(others + list(mapping), dtype=np.uint64)
     expected = [mapping.get(page, MISSING_LOCATION) for page in asked.tolist()]
     assert index.locate(asked).tolist() == expected

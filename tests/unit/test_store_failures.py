@@ -111,6 +111,7 @@ def test_any_call_may_fail(store, monkeypatch, name, number):
                 assert isinstance(error, NoSpace) == (number != errno.EIO)
                 assert error.message
             else:
+                assert not failing.failed, "a failed call was ignored"
                 break
         nothing_left_over(check_all(store.path, [0, 1]))
         times += 1
