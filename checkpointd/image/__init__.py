@@ -1,1 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Images and the store that holds them.  Runs on any machine: knows nothing of kernels, processes or gRPC.
+
+::
+
+    store = Store.open(path, create=True)              # store.py: names, locks, removal
+    with store.begin(parent=store.load(...)) as b:     # builder.py: pages in, one commit
+        b.add_pages(PRIVATE_OBJECT, pages, data)       # zero, same as the parent's, or written
+        b.inherit(PRIVATE_OBJECT, clean_pages)         # unread, as the parent has them
+        info = b.commit(meta={...}, state=b"...")      # durable from here on
+    image = store.load(store.resolve("latest"))        # reader.py: read, stream, digests
+    for obj, pages, data in image.stream(): ...        # stream.py: all but zero pages, in disk order
+
+files.py I/O and locks; layout.py the directory; format.py structures and limits; digest.py page digests; index.py
+extents; pack.py page data; imagefile.py one image's bytes; consolidate.py which old blocks a new image copies;
+verify.py, portable.py (export, import), refs.py (names), info.py (what `ls` shows).
+
+The format is docs/image-format.md.
+"""
