@@ -185,7 +185,10 @@ class Agent:
                     self._dispatch(message)
                 except (KeyError, TypeError, ValueError) as error:
                     self._refuse(
-                        CheckpointError(f"the agent of {self.label} sent a malformed message: {error}")
+                        CheckpointError(
+                            f"the agent of {self.label} sent a malformed message: {error!r}",
+                            hint="it was ended and its target let go: try again, and please report it",
+                        )
                     )
         # End of file, or nonsense: either way it is of no more use.  A child is reaped here and nowhere else.
         self._channel.close()
@@ -233,14 +236,15 @@ class Agent:
             return
         with self._lock:
             request = self._requests.get(number)
-            if request is not None and event in {"result", "error"}:
-                del self._requests[number]
         if request is None:
             log.debug("agent %d: %s for request %d, which has ended", self.pid, event, number)
-        elif event == "result":
-            request.end(dict(message["value"] or {}), None)
-        elif event == "error":
-            request.end(None, CheckpointError.from_dict(message["error"]))
+        elif event in {"result", "error"}:
+            # read before it is forgotten: a malformed end must still end it, by the agent's death
+            value = dict(message["value"] or {}) if event == "result" else None
+            error = CheckpointError.from_dict(message["error"]) if event == "error" else None
+            with self._lock:
+                self._requests.pop(number, None)
+            request.end(value, error)
         elif request.on_event is not None:
             request.on_event(message)
 

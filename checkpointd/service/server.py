@@ -26,7 +26,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from checkpointd.api.v1 import checkpoint_pb2, checkpoint_pb2_grpc
-from checkpointd.errors import Busy, NotPermitted, UsageError
+from checkpointd.errors import Busy, Cancelled, NotPermitted, UsageError
 from checkpointd.location import check_private_directory
 from checkpointd.service.agents import DEFAULT_COMMAND, Watchdog
 from checkpointd.service.images import Stores
@@ -50,6 +50,7 @@ OPTIONS = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
 ]
 
+MAX_CALLS = 128  # at once; one that follows an operation holds its thread, further ones wait
 SOCKET_UMASK = 0o117  # 0660
 DRAIN_S = 5.0
 IDLE_POLL_S = 0.25
@@ -100,7 +101,7 @@ class Server:
         self._activity = ActivityInterceptor()
         self._health = health.HealthServicer()
         self._server = grpc.server(
-            ThreadPoolExecutor(max_workers=64, thread_name_prefix="call"),
+            ThreadPoolExecutor(max_workers=MAX_CALLS, thread_name_prefix="call"),
             interceptors=[self._activity, ErrorInterceptor()],
             options=OPTIONS,
         )
@@ -148,9 +149,11 @@ class Server:
         notify("STOPPING=1")
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         stopped = self._server.stop(DRAIN_S)  # no new calls from here on
-        for operation in self._operations.running():
-            operation.cancel()
-        for operation in self._operations.running():
+        running = self._operations.running()
+        for operation in running:
+            error = Cancelled(f"the {operation} was cancelled: the service is ending", hint="try again")
+            threading.Thread(target=operation.cancel, args=(error,), daemon=True).start()
+        for operation in running:
             operation.wait(DRAIN_S)
         self._watchdog.stop()
         self._targets.close()

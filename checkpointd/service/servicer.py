@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -333,10 +334,12 @@ def _follow(
 ) -> Iterator[dict[str, Any]]:
     def gone() -> None:
         if cancel_on_disconnect:
-            operation.cancel()
+            # elsewhere: it waits for the agent, and this is a thread of gRPC's that serves every call
+            threading.Thread(target=operation.cancel, daemon=True).start()
         operation.wake()
 
-    context.add_callback(gone)  # also called at the regular end, when there is nothing left to cancel
+    if not context.add_callback(gone):  # also called at the regular end, when there is nothing left to cancel
+        gone()
     return operation.follow(lambda: not context.is_active())
 
 

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real command against a real service with fake agents: results, JSON, exit codes, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from tests.service_harness import House, events_until, is_gone, sleeping_target, wait_until
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    found = House(tmp_path_factory.mktemp("house"))
+    found.serve()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def target():
+    with sleeping_target() as pid:
+        yield pid
+
+
+def last_image(house):
+    return house.checkpoint_json("ls")["images"][-1]
+
+
+def error_of(done):
+    return json.loads(done.stderr.splitlines()[-1])
+
+
+def test_a_day_in_the_life_of_a_process(house, target):
+    done = house.checkpoint("dump", "-p", str(target))
+    assert done.returncode == 0, done.stderr
+    assert f"(full) of pid {target}" in done.stdout
+    first = last_image(house)
+    done = house.checkpoint("dump", "-p", str(target), "--incremental", "--tag", "second")
+    assert f"incremental, parent {first['id'][:12]}" in done.stdout
+    assert "a warning" in done.stderr
+    listed = house.checkpoint("ls").stdout
+    assert listed.splitlines()[0].split() == [
+        "ID",
+        "PARENT",
+        "CREATED",
+        "PID",
+        "NAME",
+        "BACKEND",
+        "PAGES",
+        "STORED",
+        "TAG",
+    ]
+    assert "second" in listed
+    shown = house.checkpoint("show", "tag:second").stdout
+    assert f"parent   {first['id']}" in shown
+    assert "1 image whole" in house.checkpoint("verify", "latest").stdout
+    assert f"pid {target} is no longer tracked" in house.checkpoint("untrack", "-p", str(target)).stdout
+    assert "removed" in house.checkpoint("rm", "latest~1").stdout
+    assert house.checkpoint("show", "tag:second").returncode == 0
+
+
+def test_quiet_prints_what_was_asked_for_and_nothing_else(house, target):
+    done = house.checkpoint("dump", "-p", str(target), "-q")
+    assert done.stdout == last_image(house)["id"] + "\n"
+    assert house.checkpoint("ls", "-q").stdout.splitlines()[-1] == last_image(house)["id"]
+    assert house.checkpoint("restore", "latest", "--backend", "none", "-q").stdout == "1\n"
+
+
+def test_long_commands_print_json_lines(house, target):
+    done = house.checkpoint("dump", "-p", str(target), "--json")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["message_type"] for line in lines][:1] == ["started"]
+    summary = lines[-1]
+    assert summary["message_type"] == "summary"
+    assert {
+        *("image_id", "parent_id", "backend", "backend_reason", "pages_zero", "pages_same", "bytes_raw"),
+        *(
+            "bytes_stored",
+            "pages_scanned",
+            "pages_skipped_parent",
+            "pages_written",
+            "freezing_time",
+            "frozen_time",
+        ),
+    } <= set(summary)
+    assert all(isinstance(summary[name], int) for name in ("bytes_raw", "frozen_time", "pages_scanned"))
+    lines = house.checkpoint("restore", "latest", "--backend", "none", "--json").stdout.splitlines()
+    assert json.loads(lines[-1])["pid"] == 1
+    lines = house.checkpoint("verify", "latest", "--json").stdout.splitlines()
+    assert json.loads(lines[-1])["image_ids"] == [summary["image_id"]]
+
+
+def test_short_commands_print_one_document(house, target):
+    pid = str(target)
+    assert house.checkpoint_json("check")["ok"] is True
+    assert house.checkpoint_json("track", "-p", pid, "--backend", "content")["backend"] == "content"
+    assert target in [found["pid"] for found in house.checkpoint_json("status")["targets"]]
+    assert house.checkpoint_json("untrack", "-p", pid)["pid"] == target
+    assert house.checkpoint("dump", "-p", pid, "-q").returncode == 0
+    assert house.checkpoint_json("show", "latest")["image"]["pid"] == target
+    assert house.checkpoint_json("rm", "latest")["image_ids"]
+
+
+def test_check_says_what_is_in_the_way(house, target):
+    assert "Looks good." in house.checkpoint("check").stdout
+    done = house.checkpoint("check", "-p", str(target))
+    assert done.returncode == 7
+    assert "PROBLEM io_uring: in use" in done.stdout
+    assert "stop using it" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "sentence"),
+    [
+        (["dump", "-p", "4194309"], 4, "no process with pid 4194309"),
+        (["dump", "-p", "0"], 2, "not a pid"),
+        (["dump", "-p", "TARGET", "--tag", "exec"], 4, "replaced its program"),
+        (["dump", "-p", "TARGET", "--tag", "blocked"], 7, "cannot be saved"),
+        (["dump", "-p", "TARGET", "--tag", "die"], 1, "killed by SIGKILL"),
+        (["dump", "-p", "TARGET", "--compress", "lzma"], 2, "compression"),
+        (["dump", "-p", "TARGET", "--tag", "wait", "--timeout", "1500ms"], 14, "deadline"),
+        (["untrack", "-p", "TARGET"], 2, "not tracked"),
+        (["restore", "../../etc/passwd"], 2, "does not name an image"),
+        (["restore", "latest~9999"], 9, "latest~9999"),
+        (["show", "0123456789"], 9, "no image 0123456789"),
+        (["rm", "0123456789"], 9, "no image"),
+        (["export", "0123456789", "-o", "x"], 9, "no image"),
+        (["import", "/nonexistent"], 2, "cannot read"),
+        (["import", "/dev/null"], 12, "cannot be used"),
+        (["ls", "--store", "/nonexistent/store"], 10, "no store"),
+        (["watch", "op-none"], 2, "no operation"),
+        (["cancel", "op-none"], 2, "no operation"),
+        (["status", "--socket", "/tmp/nonexistent-directory/s"], 20, "no service"),
+        (["run", "--", "/nonexistent/program"], 2, "cannot run"),
+    ],
+)
+def test_each_mistake_has_its_sentence_and_its_exit_code(house, target, words, status, sentence, tmp_path):
+    words = [str(target) if word == "TARGET" else word for word in words]
+    done = house.checkpoint(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) >= 2 or status == 15  # the sentence and the next step
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+    if words[0] != "run":
+        done = house.checkpoint(*words, "--json", cwd=tmp_path)
+        error = error_of(done)
+        assert (done.returncode, error["exit_code"], error["message_type"]) == (status, status, "error")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_cancels_the_dump(house, target, number, status):
+    before = house.agent_notes().count("cancel")
+    nr_images = len(house.checkpoint_json("ls")["images"])
+    command = house.begin("dump", "-p", str(target), "--tag", "wait", "--json")
+    with command:
+        events_until(command, lambda event: event.get("phase") == "copying")
+        command.send_signal(number)
+        assert command.wait(30) == status
+        assert json.loads(command.stderr.read())["reason"] == "CANCELLED"
+    assert house.agent_notes().count("cancel") == before + 1
+    assert len(house.checkpoint_json("ls")["images"]) == nr_images
+
+
+def test_an_interrupt_says_that_it_was_cancelled(house, target):
+    with house.begin("dump", "-p", str(target), "--tag", "wait", "-v") as command:
+        for line in command.stderr:
+            if line == "copying\n":
+                break
+        command.send_signal(signal.SIGINT)
+        assert command.wait(30) == 130
+        assert "was cancelled" in command.stderr.read()
+
+
+def test_a_killed_command_s_dump_can_be_watched_and_cancelled(house, target):
+    with house.begin("dump", "-p", str(target), "--tag", "wait", "--json") as command:
+        events = events_until(command, lambda event: event.get("phase") == "copying")
+        command.kill()
+    operation = events[0]["operation_id"]
+    with house.begin("watch", operation, "--json") as watching:
+        replayed = events_until(watching, lambda event: event.get("phase") == "copying")
+        assert [event["message_type"] for event in replayed] == [event["message_type"] for event in events]
+        assert house.checkpoint("cancel", operation).stdout == "cancelled\n"
+        assert watching.wait(30) == 15
+    assert "failed" in house.checkpoint("status").stdout
+
+
+def test_an_export_is_private_whole_and_never_replaces_a_file_by_accident(house, target, tmp_path):
+    assert house.checkpoint("dump", "-p", str(target)).returncode == 0
+    path = tmp_path / "f.ckpt"
+    found = house.checkpoint_json("export", "latest", "-o", str(path))
+    assert found["bytes"] == path.stat().st_size
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    before = path.read_bytes()
+    done = house.checkpoint("export", "latest", "-o", str(path))
+    assert done.returncode == 2
+    assert "--force" in done.stderr
+    assert path.read_bytes() == before
+    assert house.checkpoint("export", "latest", "-o", str(path), "--force").returncode == 0
+    done = house.checkpoint("export", "latest", "-o", str(tmp_path / "none" / "f"))
+    assert (done.returncode, "No such file" in done.stderr) == (1, True)
+    assert os.listdir(tmp_path) == ["f.ckpt"]
+
+
+def test_export_and_import_work_in_a_pipe(house, target, tmp_path):
+    assert house.checkpoint("dump", "-p", str(target)).returncode == 0
+    with house.begin("export", "latest", "-o", "-") as exporting:
+        done = subprocess.run(
+            house.command("import", "-", "--store", str(tmp_path / "s"), "--json"),
+            stdin=exporting.stdout,
+            env=house.environ,
+            capture_output=True,
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["image"]["nr_pages"] == 5
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_named(house, target):
+    assert house.checkpoint("dump", "-p", str(target)).returncode == 0
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            house.command("export", "latest", "-o", "-"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=house.environ,
+        )
+    assert done.returncode == 13
+    assert b"no space left" in done.stderr
+
+
+def test_run_tracks_from_the_start_and_exits_as_the_command_does(house):
+    done = house.checkpoint(
+        "run", "--", sys.executable, "-c", "import sys; input(); sys.exit(7)", input="x\n"
+    )
+    assert done.returncode == 7
+    assert "is tracked by uffd-wp" in done.stderr
+    with house.begin("run", "--json", "--", "sleep", "1000") as command:
+        tracked = json.loads(command.stderr.readline())
+        assert tracked["pid"] in [found["pid"] for found in house.checkpoint_json("status")["targets"]]
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(30) == 143
+        assert is_gone(tracked["pid"])
+
+
+def test_a_reader_that_goes_away_is_no_reason_for_a_traceback(house, target):
+    assert house.checkpoint("dump", "-p", str(target)).returncode == 0
+    with house.begin("show", "latest") as command:
+        command.stdout.close()
+        assert "Traceback" not in command.stderr.read()
+
+
+def on_a_terminal(house, *words, **environ):
+    """What a command prints on a terminal (stdout and stderr)."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        house.command(*words),
+        env={**house.environ, "TERM": "xterm", **environ},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    ) as command:
+        os.close(theirs)
+        data = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:
+                break
+            if not part:
+                break
+            data += part
+        command.wait(30)
+    os.close(ours)
+    return data
+
+
+def test_progress_is_for_terminals(house, target):
+    words = ("dump", "-p", str(target))
+    assert b"dump of" in on_a_terminal(house, *words)
+    assert b"\x1b[3" in on_a_terminal(house, *words)
+    assert b"\x1b[3" not in on_a_terminal(house, *words, NO_COLOR="1")
+    assert b"\x1b" not in on_a_terminal(house, *words, TERM="dumb")
+    assert b"\x1b" not in on_a_terminal(house, *words, "-q")
+    assert house.checkpoint(*words).stderr == "checkpoint: a warning\n"
+
+
+def test_an_export_is_not_thrown_at_a_terminal(house, target):
+    assert house.checkpoint("dump", "-p", str(target)).returncode == 0
+    assert b"not for a terminal" in on_a_terminal(house, "export", "latest", "-o", "-")
+
+
+def test_image_names_are_completed(house, target):
+    assert house.checkpoint("dump", "-p", str(target), "--tag", "comp").returncode == 0
+    environ = {
+        **house.environ,
+        "_CHECKPOINT_COMPLETE": "bash_complete",
+        "COMP_WORDS": "checkpoint show ",
+        "COMP_CWORD": "2",
+    }
+    done = subprocess.run(house.command(), env=environ, capture_output=True, text=True)
+    words = [line.split(",", 1)[1] for line in done.stdout.splitlines()]
+    assert "latest" in words
+    assert "tag:comp" in words
+    assert last_image(house)["id"][:12] in words
+
+
+def test_serve_runs_in_the_foreground_and_can_be_stopped(tmp_path):
+    house = House(tmp_path)
+    with house.begin("serve", "--", "--idle-exit", "600") as serving:
+        wait_until(
+            lambda: house.socket.exists() and house.checkpoint("status").returncode == 0, "the service"
+        )
+        done = house.checkpoint("serve", "--stop")
+        assert f"(pid {serving.pid}) has ended" in done.stdout
+        assert serving.wait(30) == 0

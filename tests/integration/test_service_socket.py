@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may reach the service: modes, one service per socket, mutual TLS."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+
+import pytest
+
+from checkpointd import errors
+from checkpointd.client import connect
+from checkpointd.client.connection import ClientTls
+from tests.service_harness import PATIENCE_S, House, sleeping_target, wait_until
+
+
+@pytest.fixture
+def house(tmp_path):
+    found = House(tmp_path)
+    yield found
+    found.close()
+
+
+def checkpointd(house, *options):
+    return subprocess.run(
+        [sys.executable, "-m", "checkpointd.service.main", *options],
+        env=house.environ,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_the_socket_is_0660_in_a_directory_0750_whatever_the_umask(house, umask):
+    before = os.umask(umask)
+    try:
+        house.serve()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(house.socket.stat().st_mode) == 0o660
+    assert stat.S_IMODE(house.socket.parent.stat().st_mode) == 0o750
+
+
+def test_images_are_closed_to_others(house):
+    house.serve()
+    with house.client() as client, sleeping_target() as pid:
+        list(client.dump(pid))
+    for folder, _, names in os.walk(house.store):
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+        for name in names:
+            assert stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode) & 0o077 == 0
+
+
+def test_a_second_service_at_the_same_socket_says_so_and_harms_nothing(house):
+    house.serve()
+    done = checkpointd(house)
+    assert done.returncode == 11
+    assert "another service is listening" in done.stderr
+    with house.client() as client:
+        assert client.check_version()["pid"] == house.service.pid
+
+
+def test_a_socket_left_behind_is_replaced(house):
+    house.socket.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(house.socket))
+    house.serve()
+    with house.client() as client:
+        client.status()
+
+
+def test_an_idle_service_ends_and_a_tracking_one_does_not(house):
+    service = house.serve("--idle-exit", "0.5")
+    with sleeping_target() as pid:
+        with house.client() as client:
+            client.track(pid)
+        with pytest.raises(subprocess.TimeoutExpired):
+            service.wait(2)
+        with house.client() as client:
+            client.untrack(pid)
+    assert service.wait(PATIENCE_S) == 0
+
+
+def test_the_service_manager_is_told(house, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE_S)
+        house.serve(NOTIFY_SOCKET=str(tmp_path / "notify"))
+        assert manager.recv(100) == b"READY=1"
+        house.service.terminate()
+        assert manager.recv(100) == b"STOPPING=1"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--listen", "127.0.0.1:0"], "mutual TLS only"),
+        (["--listen", "127.0.0.1:0", "--tls-cert", "c", "--tls-key", "k"], "needs a certificate, a key and"),
+        (
+            ["--listen", "127.0.0.1:0", "--tls-cert", "c", "--tls-key", "k", "--tls-client-ca", "a"],
+            "cannot read k",
+        ),
+        (["--socket", "/tmp/" + "x" * 200], "107"),
+        (["--group", "no-such-group"], "no group"),
+    ],
+)
+def test_wrong_options_exit_with_2_and_a_sentence(house, options, words):
+    done = checkpointd(house, *options)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return pytest.importorskip("trustme", reason="trustme is not installed").CA()
+
+
+@pytest.fixture
+def tls(authority, house, tmp_path):
+    """A service on TCP, and what a client of it needs."""
+    import trustme
+
+    def write(name, certificate):
+        certificate.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        certificate.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.crt")
+
+    stranger = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
+    write("server", authority.issue_cert("localhost", "127.0.0.1"))
+    write("client", authority.issue_cert("client@example.org"))
+    write("stranger", stranger.issue_cert("client@example.org"))
+    house.serve(
+        *("--listen", "127.0.0.1:0", "--tls-cert", str(tmp_path / "server.crt")),
+        *("--tls-key", str(tmp_path / "server.key"), "--tls-client-ca", str(tmp_path / "ca.crt")),
+    )
+    found = wait_until(
+        lambda: re.search(r"port (\d+), with mutual", house.service_log.read_text()), "the port"
+    )
+    return f"127.0.0.1:{found[1]}", tmp_path
+
+
+def client_tls(folder, name="client"):
+    return ClientTls(folder / f"{name}.crt", folder / f"{name}.key", folder / "ca.crt")
+
+
+def test_a_client_with_a_certificate_is_served_over_tcp(tls, tmp_path):
+    address, folder = tls
+    with connect(address=address, tls=client_tls(folder)) as client, sleeping_target() as pid:
+        assert list(client.dump(pid))[-1]["pid"] == pid
+        assert len(client.list()["images"]) == 1
+        with pytest.raises(errors.UsageError, match="unix socket"):
+            client.list(store=str(tmp_path / "other"))
+
+
+def test_a_client_of_another_authority_is_not(tls):
+    address, folder = tls
+    with pytest.raises(errors.ServiceUnreachable):
+        connect(address=address, tls=client_tls(folder, "stranger"))
+
+
+def test_a_client_without_tls_is_not(tls):
+    address, _ = tls
+    with pytest.raises(errors.UsageError, match="mutual TLS"):
+        connect(address=address)
+
+
+def test_the_command_speaks_tls_too(tls, house):
+    address, folder = tls
+    names = ("--tls-cert", str(folder / "client.crt"), "--tls-key", str(folder / "client.key"))
+    del house.environ["CHECKPOINT_STORE"]
+    done = house.checkpoint("ls", "--connect", address, *names, "--tls-ca", str(folder / "ca.crt"))
+    assert done.returncode == 0, done.stderr
+    done = house.checkpoint("ls", "--connect", address, *names)
+    assert done.returncode == 2
+    assert "--tls-ca" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_another_user_is_told_that_the_socket_is_closed(house, tmp_path):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users further up
+        os.chmod(folder, 0o755)
+        house.socket = house.socket.__class__(folder) / "run" / "s.sock"
+        house.environ["CHECKPOINT_SOCKET"] = str(house.socket)
+        house.serve()
+        done = _connect_as_another_user(house)
+        house.close()
+    assert done.returncode == 5, done.stderr
+    assert "closed to this user" in done.stdout
+
+
+def _connect_as_another_user(house):
+    code = (
+        "import os, sys\nfrom checkpointd.client import connect, connection\n"
+        "from checkpointd.errors import NotPermitted\n"
+        "os.setgroups([]); os.setgid(12345); os.setuid(12345)\n"
+        f"try: connect({str(house.socket)!r}, start=False)\n"
+        "except NotPermitted as error: print(error); sys.exit(5)\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=house.environ)
+
+
+def test_calls_wait_for_no_one_s_stream(house):
+    house.serve()
+    with house.client() as client, sleeping_target() as pid:
+        operation = next(client.dump(pid, tag="wait"))["operation_id"]
+        watchers = [threading.Thread(target=_watch, args=(house, operation)) for _ in range(20)]
+        for watcher in watchers:
+            watcher.start()
+        client.status()
+        client.cancel(operation)
+        for watcher in watchers:
+            watcher.join(PATIENCE_S)
+        assert not any(watcher.is_alive() for watcher in watchers)
+
+
+def _watch(house, operation):
+    with house.client() as client, pytest.raises(errors.Cancelled):
+        list(client.watch(operation))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line itself: words, help, exit codes, and what is not imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+import pytest
+from checkpoint_cli.main import COMMANDS, EXIT_CODES, cli, run
+from checkpoint_cli.options import DURATION
+from checkpoint_cli.output import duration, size
+
+from checkpointd import errors
+
+
+@pytest.mark.parametrize(
+    ("text", "microseconds"),
+    [("200ms", 200_000), ("1.5s", 1_500_000), ("7us", 7), ("2m", 120_000_000), ("1 h", 3.6e9)],
+)
+def test_times_have_units(text, microseconds):
+    assert DURATION.convert(text, None, None) == microseconds
+
+
+@pytest.mark.parametrize("text", ["200", "", "-1s", "1e3s", "ms", "0s", "99999999999999999999h"])
+def test_other_times_are_refused(text):
+    with pytest.raises(click.BadParameter):
+        DURATION.convert(text, None, None)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example_and_takes_json(name, capsys):
+    assert run([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "example:" in text
+    assert f"checkpoint {name}" in text
+    assert name == "completion" or "--json" in text
+
+
+def test_every_exit_code_is_in_the_help(capsys):
+    assert run(["--help"]) == 0
+    text = capsys.readouterr().out
+    queue = [errors.CheckpointError]
+    while queue:
+        cls = queue.pop()
+        queue += cls.__subclasses__()
+        assert any(line.strip().startswith(f"{cls.exit_code} ") for line in text.splitlines()), cls
+    assert "130" in EXIT_CODES
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["dmp"], "Did you mean 'dump'?"),
+        (["dump"], "Missing option"),
+        (["dump", "-p", "x"], "not a valid integer"),
+        (["dump", "-p", "1", "--backend", "magic"], "is not one of"),
+        (["dump", "-p", "1", "--max-frozen", "200"], "write a number and its unit"),
+        (["dump", "-p", "1", "--parent", "latest"], "--parent goes with --incremental"),
+        (["restore"], "Missing argument"),
+        (["rm"], "Missing argument"),
+    ],
+)
+def test_wrong_words_exit_with_2_and_a_sentence(words, sentence, capsys):
+    assert run(words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_wrong_words_are_json_when_json_was_asked_for(capsys):
+    assert run(["dump", "--json"]) == 2
+    assert '"message_type": "error"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell, capsys):
+    assert run(["completion", shell]) == 0
+    assert "_CHECKPOINT_COMPLETE" in capsys.readouterr().out
+
+
+def test_sizes_and_times_read_well():
+    assert [size(n) for n in (0, 512, 1536, 5 << 30)] == ["0 B", "512 B", "1.5 KiB", "5.0 GiB"]
+    assert [duration(n) for n in (850, 3100, 2_400_000)] == ["850 us", "3.1 ms", "2.4 s"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["dump", "--help"], ["--version"]])
+def test_nothing_heavy_is_imported_before_it_is_needed(words):
+    code = (
+        "import sys; from checkpoint_cli.main import run\n"
+        f"run({words!r})\n"
+        "heavy = {'grpc', 'numpy', 'rich', 'google.protobuf', 'zstandard'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lists_commands_once():
+    assert len(cli.list_commands(click.Context(cli))) == len(set(COMMANDS))
