@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _CLONE_FS, _CLONE_FILES, _CLONE_PTRACE = 0x200, 0x400, 0x2000
 _NR_WAIT4 = 61
 _WNOHANG, _WALL = 1, 0x4000_0000
+_RELEASED_EXIT = 99  # see blobs/runner.S
 _BORN_TIMEOUT_S = 5.0
 
 
@@ -110,6 +111,44 @@ def reap_copy(remote: Injection, copy: ForkedCopy) -> bool:
     """wait4 for the dead copy inside the target; True when it was there."""
     result = remote.batch([Call(_NR_WAIT4, (copy.pid_inside, 0, _WALL | _WNOHANG, 0))])[0]
     return result == copy.pid_inside
+
+
+def reap_strays(remote: Injection) -> int:
+    """Reap the copies that dead agents left as zombies of the target; how many.
+
+    They are told from children of the program's own by what no other child combines: no exit signal, and either
+    killed without ever having run (not one page fault), or ended by the runner's own exit code.
+    """
+    strays = [child for child in _all_children(remote.pid) if _is_stray(child)]
+    if not strays:
+        return 0
+    inside = [int(process.read_status(child)["NSpid"].split()[-1]) for child in strays]
+    results = remote.batch([Call(_NR_WAIT4, (child, 0, _WALL | _WNOHANG, 0)) for child in inside])
+    return sum(1 for result in results if result > 0)
+
+
+def _is_stray(child: int) -> bool:
+    try:
+        fields = process.read_stat(child).fields
+    except (OSError, ValueError):
+        return False
+    # proc_pid_stat(5): state 3, minflt 10, majflt 12, exit_signal 38, exit_code 52
+    state, minflt, majflt, exit_signal = fields[0], int(fields[7]), int(fields[9]), int(fields[35])
+    if state != "Z" or exit_signal or majflt:
+        return False
+    exit_code = int(fields[49])
+    return (exit_code == signal.SIGKILL and minflt == 0) or (exit_code == _RELEASED_EXIT << 8 and minflt <= 4)
+
+
+def _all_children(pid: int) -> list[int]:
+    found = []
+    for tid in process.thread_ids(pid):
+        try:
+            text = Path(f"/proc/{pid}/task/{tid}/children").read_text(encoding="ascii")
+        except OSError:
+            continue
+        found += [int(part) for part in text.split()]
+    return found
 
 
 def _children(pid: int) -> set[int]:

@@ -139,7 +139,8 @@ class Injection:
         self.pid = frozen.pid
         self._frozen = frozen
         self._filters: dict[int, Filters] = {}
-        self._standing_undo: list[Call] = []
+        self._standing_undo: list[Call] = []  # frees what the injection itself took
+        self._asked_undo: list[Call] = []  # of the last batch, with its results put in
         wanted = _DEFAULT_SCRATCH if scratch_bytes is None else max(scratch_bytes, PAGE_SIZE)
         self._scratch_size = -(-wanted // PAGE_SIZE) * PAGE_SIZE
         self._map_size = _TABLES_SIZE + self._scratch_size
@@ -271,15 +272,17 @@ class Injection:
         """
         if tid is not None and tid != self.pid:
             return self._single_calls(calls, undo, tid)
-        undo = [*undo, *self._standing_undo]
+        asked = tuple(undo)
+        undo = [*asked, *self._standing_undo]
         if len(undo) > _MAX_UNDO:
             raise ValueError(f"at most {_MAX_UNDO} undo calls, not {len(undo)}")
         self._refuse_harmful([*calls, *undo], self.pid)
         room = _NR_ENTRIES - len(undo)
         results: list[int] = []
-        for first in range(0, len(calls), room):
+        for first in range(0, max(len(calls), 1), room):
             part = calls[first : first + room]
             results += self._run_part(part, undo, results, nr_before=first)
+        self._asked_undo = [_with_results(call, results) for call in asked]
         return results
 
     def _run_part(
@@ -376,7 +379,7 @@ class Injection:
         """
         call = Call(56, (flags, 0, 0, 0, 0))
         self._refuse_harmful([call], self.pid)
-        return self._run_part([call], self._standing_undo, (), 0, flags=_IS_FORK)[0]
+        return self._run_part([call], [*self._asked_undo, *self._standing_undo], (), 0, flags=_IS_FORK)[0]
 
     # ---- seccomp
 
@@ -435,7 +438,10 @@ class Injection:
         """Another scratch mapping, unmapped with the rest."""
         size = max(2 * (self._scratch[-1][1] - self._scratch[-1][0]), -(-size_bytes // PAGE_SIZE) * PAGE_SIZE)
         call = Call(NR_MMAP, (0, size, _PROT_RW, _MAP_PRIVATE_ANON, -1, 0))
-        base = self.batch([call], undo=[Call(NR_MUNMAP, (Result(0), size))])[0]
+        self._refuse_harmful([call, Call(NR_MUNMAP, (0, size))], self.pid)
+        # the caller's undo table stays in force
+        undo = [*self._asked_undo, *self._standing_undo, Call(NR_MUNMAP, (Result(0), size))]
+        base = self._run_part([call], undo, (), 0)[0]
         if base < 0:
             raise self._refuse(
                 self.pid, [f"mapping {size} bytes failed there ({errno.errorcode.get(-base)})"]
@@ -443,6 +449,11 @@ class Injection:
         self._standing_undo.append(Call(NR_MUNMAP, (base, size)))
         self._scratch.append((base, base + size))
         self._scratch_at = base
+
+
+def _with_results(call: Call, results: Sequence[int]) -> Call:
+    """The call with every `Result` replaced by what it became."""
+    return Call(call.nr, tuple(results[arg.index] if isinstance(arg, Result) else arg for arg in call.args))
 
 
 def _refers_beyond(call: Call, nr_after: int) -> bool:
