@@ -18,7 +18,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,6 +99,7 @@ class _Work:
     clean: Runs = field(default_factory=lambda: NO_RUNS)
     state: ImageState | None = None
     process_draft: ProcessDraft | None = None
+    maps_draft: maps.MapsDraft | None = None
     files_draft: FilesDraft | None = None
     started_ns: int = field(default_factory=time.monotonic_ns)
 
@@ -177,6 +178,7 @@ class Dumper:
         try:
             work.process_draft = prepare_process(self.pid)
             work.files_draft = prepare_files(self.pid, options.files)
+            work.maps_draft = maps.prepare_vmas(self.pid)
             report("freezing", 0, 0)
             tracepoint.hit("dump.freeze")
             with freeze(self.pid, timeout_s=self._freeze_timeout(options)) as frozen:
@@ -216,7 +218,7 @@ class Dumper:
     def _frozen(self, frozen: Frozen, options: DumpOptions, parent: str, work: _Work, report: Report) -> Any:
         self._check_same_process()
         at = time.monotonic_ns()
-        vmas = tuple(maps.read_smaps(self.pid))
+        vmas = maps.settled_vmas(self.pid, work.maps_draft)
         if not vmas:
             raise TargetGone(f"process {self.pid} has no address space (it is exiting)", pid=self.pid)
         captured = capture_address_space(self.pid, vmas, NO_RUNS)
@@ -247,7 +249,8 @@ class Dumper:
         report("copying", 0, 0)
         stopped = work.copies
         if copy is not None:
-            stopped, work.copies = _split_for_fork(work.copies, copy.pid, vmas)
+            # the advice flags decide what a forked copy lacks: these must be of this very moment
+            stopped, work.copies = _split_for_fork(work.copies, copy.pid, maps.read_smaps(self.pid))
         self._worker.copy(stopped)
         self._read_deleted_files(files)
         work.mark("copying", at)
@@ -506,7 +509,7 @@ def _with_guards(captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ..
 
 
 def _split_for_fork(
-    copies: list[CopyRequest], copy_pid: int, vmas: tuple[Vma, ...]
+    copies: list[CopyRequest], copy_pid: int, vmas: Sequence[Vma]
 ) -> tuple[list[CopyRequest], list[CopyRequest]]:
     """(what must be read from the stopped target, what the forked copy holds).
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from checkpointd.memory import Vma, VmaKind
 
@@ -36,6 +37,37 @@ def read_smaps(pid: int) -> list[Vma]:
     """All VMAs with their VmFlags.  Walks the page tables: about 10 ns a page."""
     with open(f"/proc/{pid}/smaps", "rb") as file:
         return list(parse_smaps(file.read()))
+
+
+@dataclass(frozen=True, slots=True)
+class MapsDraft:
+    """VMAs with their flags, read while the process ran, and the maps text they belong to."""
+
+    text: bytes
+    vmas: tuple[Vma, ...]
+
+
+def prepare_vmas(pid: int) -> MapsDraft:
+    """Read smaps (slow: it walks page tables) before a freeze; empty when the mappings will not hold still."""
+    text = _read(pid, "maps")
+    vmas = tuple(read_smaps(pid))
+    return MapsDraft(text, vmas) if text == _read(pid, "maps") else MapsDraft(b"", ())
+
+
+def settled_vmas(pid: int, draft: MapsDraft | None) -> tuple[Vma, ...]:
+    """The VMAs of a process that stands still; the draft's when no mapping changed since.
+
+    What maps does not show is advice (madvise flags): a whole VMA advised differently between the draft and the
+    freeze keeps its old flags.  They steer restore's advice only; who relies on them for content reads smaps.
+    """
+    if draft is not None and draft.text and draft.text == _read(pid, "maps"):
+        return draft.vmas
+    return tuple(read_smaps(pid))
+
+
+def _read(pid: int, name: str) -> bytes:
+    with open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read()
 
 
 def parse_maps(text: bytes) -> Iterator[Vma]:
