@@ -83,7 +83,7 @@ def _live_blocks(locations: U64, packs: list[PackReader]) -> tuple[npt.NDArray[n
     numbers = (locations >> _SHIFT).astype(np.int64)
     firsts = np.cumsum([0] + [pack.nr_blocks for pack in packs])
     rows = np.empty(len(locations), dtype=np.int64)
-    for number in np.unique(numbers):
+    for number in np.flatnonzero(np.bincount(numbers)):
         at = numbers == number
         rows[at] = firsts[number] + packs[int(number)].block_of(locations[at] & _ORDINAL)
     live = np.bincount(rows, minlength=int(firsts[-1]))

@@ -97,9 +97,21 @@ def plans(draw):
     return steps
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plans())
 def test_every_generation_equals_the_truth(plan):
+    run_plan(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(plans())
+def test_every_generation_equals_the_truth_at_length(plan):
+    run_plan(plan)
+
+
+def run_plan(plan):
     directory = tempfile.mkdtemp(prefix="store-test-")
     try:
         store = Store.open(f"{directory}/store", create=True)
