@@ -38,7 +38,7 @@ NR_TIMERFD_CREATE, NR_TIMERFD_SETTIME, NR_TIMERFD_GETTIME = 283, 286, 287
 NR_DUP3, NR_FCNTL, NR_CLOSE, NR_EPOLL_CTL, NR_LISTEN = 292, 72, 3, 233, 50
 _NR_TEE, _NR_OPEN_BY_HANDLE_AT = 276, 304
 
-# _IOW('T', 0, u64); Linux kernel commit 5442e9fbd7c2 ("timerfd: Implement timerfd_ioctl method ...") (in v3.17)
+# _IOW('T', 0, u64), since Linux 3.17 with CONFIG_CHECKPOINT_RESTORE; see fs/timerfd.c
 _TFD_IOC_SET_TICKS = 0x4008_5400
 
 # struct itimerspec: it_interval (sec, nsec), it_value (sec, nsec)

@@ -18,8 +18,7 @@ IN_EXCL_UNLINK = 0x0400_0000
 IN_ONESHOT = 0x8000_0000
 WATCH_BITS = IN_ALL_EVENTS | IN_EXCL_UNLINK | IN_ONESHOT
 
-# _IOW('I', 0, __s32); Linux kernel commit e1603b6effe1 ("inotify: Extend ioctl to allow to request id of new
-# watch descriptor") (in v4.17), with CONFIG_CHECKPOINT_RESTORE
+# _IOW('I', 0, __s32), since Linux 4.17 with CONFIG_CHECKPOINT_RESTORE; see fs/notify/inotify/inotify_user.c
 _INOTIFY_IOC_SETNEXTWD = 0x4004_4900
 
 _NR_INOTIFY_ADD_WATCH, _NR_INOTIFY_RM_WATCH, _NR_INOTIFY_INIT1 = 254, 255, 294

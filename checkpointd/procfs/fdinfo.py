@@ -64,6 +64,9 @@ class FdInfo:
         return bool(self.flags & os.O_CLOEXEC)
 
 
+_PLAIN = re.compile(
+    rb"pos:\t(\d+)\nflags:\t([0-7]+)\nmnt_id:\t(\d+)\nino:\t\d+\n"
+)  # nothing else to tell: most files
 _EPOLL = re.compile(
     rb"tfd:\s*(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)(?:\s+pos:\s*-?\d+\s+ino:\s*([0-9a-f]+)\s+sdev:\s*([0-9a-f]+))?"
 )
@@ -80,6 +83,9 @@ def parse(text: bytes) -> FdInfo:
     Raises:
         ValueError: a line this kernel should print is missing or of another shape.
     """
+    if match := _PLAIN.fullmatch(text):
+        position, flags, mount_id = match.groups()
+        return FdInfo(int(position), int(flags, 8), int(mount_id))
     fields: dict[str, str] = {}
     locks: list[LockEntry] = []
     epoll: list[EpollEntry] = []
@@ -149,13 +155,18 @@ def nanoseconds(pair: str) -> int:
     return int(match[1]) * 10**9 + int(match[2])
 
 
+_READ_BYTES = 1 << 16
+
+
 def read(pid: int, fd: int) -> bytes:
     """The raw fdinfo file; ENOENT when the descriptor is closed."""
     handle = os.open(f"/proc/{pid}/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         chunks = []
-        while chunk := os.read(handle, 1 << 16):
+        while chunk := os.read(handle, _READ_BYTES):
             chunks.append(chunk)
+            if len(chunk) < _READ_BYTES:  # the kernel makes the whole file at once: a short read is the end
+                break
         return b"".join(chunks)
     finally:
         os.close(handle)

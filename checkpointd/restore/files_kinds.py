@@ -120,7 +120,10 @@ def _defer_mode(maker: Maker, fd: int, mode: int, uid: int, gid: int) -> None:
 
 def directory(maker: Maker, index: int, one: Directory) -> int:
     what = f"{maker.name(index)} ({one.path})"
-    fd = open_again(maker.path(one.path), one.flags | os.O_DIRECTORY, what=what)
+    fd = open_again(maker.path(one.path), one.flags, what=what)
+    if not stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise RestoreConflict(f"{what} is no directory any more", path=one.path)
     if one.offset and not one.flags & fdcalls.O_PATH:
         os.lseek(fd, one.offset, os.SEEK_SET)
     return fd

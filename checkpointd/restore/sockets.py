@@ -301,18 +301,26 @@ def _pair(maker: Maker, index: int, one: UnixSocket, peer_index: int, other: Uni
 
 
 def _send_queue(sock: socket.socket, queue: tuple[bytes, ...]) -> None:
-    """Send what the other end had not read; it fitted once, and gets the room again."""
-    if not queue:
-        return
+    """Send what the other end had not read.
+
+    It fitted once, but may have come in pieces that took less room each: then there is more room for a moment.
+    """
     before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _QUEUE_BUFFER_BYTES)
+    widened = False
     for piece in queue:
         done = 0
         while done < len(piece):
-            done += sock.send(piece[done:], socket.MSG_DONTWAIT)
-    with contextlib.suppress(OSError):
+            try:
+                done += sock.send(piece[done:], socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if widened:
+                    raise
+                locks = sock.getsockopt(socket.SOL_SOCKET, sockets.SO_BUF_LOCK)
+                sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _QUEUE_BUFFER_BYTES)
+                widened = True
+    if widened:
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, before // 2)
+        sock.setsockopt(socket.SOL_SOCKET, sockets.SO_BUF_LOCK, locks)
 
 
 def _bind_unix(maker: Maker, index: int, sock: socket.socket, one: UnixSocket) -> None:

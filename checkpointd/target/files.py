@@ -23,6 +23,7 @@ from checkpointd.procfs import fdinfo
 from checkpointd.procfs.process import boot_id
 from checkpointd.state.files import (
     AnyDescription,
+    ClosedSocket,
     Descriptor,
     FileLock,
     FilesOptions,
@@ -84,6 +85,7 @@ class FilesDraft:
     blockers: list[str] = field(default_factory=list)
     mounts: dict[int, fdinfo.Mount] = field(default_factory=dict)
     inotify_paths: dict[tuple[int, int], str] = field(default_factory=dict)
+    closed_sockets: dict[int, ClosedSocket] = field(default_factory=dict)
     boot_id: str = ""
 
 
@@ -120,6 +122,7 @@ def prepare_files(pid: int, options: FilesOptions | None = None) -> FilesDraft:
         with Session(pid, options or FilesOptions(), final=False, mounts=draft.mounts) as session:
             _describe(session)
             draft.inotify_paths = session.inotify_paths
+            draft.closed_sockets = session.closed_sockets
             draft.blockers = session.problems
     except OSError as error:
         raise _meaning(pid, error) from error
@@ -173,6 +176,7 @@ def capture_files(
             objects=objects or {},
             mounts=draft.mounts,
             inotify_paths=draft.inotify_paths,
+            closed_sockets=draft.closed_sockets,
         ) as session:
             state = _describe(session)
     except OSError as error:
@@ -333,7 +337,8 @@ def _with_locks_and_owner(
     changes: dict[str, object] = {}
     if one.info.locks:
         changes["locks"] = tuple(_lock(one, entry) for entry in one.info.locks)
-    if (one.flags & fdcalls.FASYNC or stat.S_ISSOCK(one.stat.st_mode)) and not one.flags & fdcalls.O_PATH:
+    may_signal = one.flags & fdcalls.FASYNC or stat.S_ISSOCK(one.stat.st_mode)
+    if may_signal and not one.flags & fdcalls.O_PATH and not isinstance(description, ClosedSocket):
         with session.borrow(one.fd) as fd:
             kind, number, signal = fdcalls.get_owner(fd)
         if number:

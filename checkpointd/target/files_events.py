@@ -34,7 +34,7 @@ _NSEC = 10**9
 def eventfd(session: Session, one: OpenFd) -> EventFd:
     semaphore = one.info.fields.get("eventfd-semaphore")
     if semaphore is None:
-        # Linux kernel commit 33d8b5d7824c ("eventfd: show the EFD_SEMAPHORE flag in fdinfo") (in v6.5)
+        # fdinfo tells since Linux 6.5; see eventfd_show_fdinfo in fs/eventfd.c
         session.warnings.append(
             f"fd {one.fd}: this kernel does not tell whether the eventfd is a semaphore; taken as none"
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from checkpointd.linux.kcmp import compare_files
 from checkpointd.linux.pidfd import pidfd_getfd, pidfd_open
 from checkpointd.procfs import fdinfo
-from checkpointd.state.files import FilesOptions
+from checkpointd.state.files import ClosedSocket, FilesOptions
 
 SMALL_CONTENT_BYTES = 1 << 20
 """Content up to here is kept with the image's state, more of it as pages."""
@@ -81,6 +81,7 @@ class Session:
     Attributes:
         final: the target is frozen and the content is wanted; else only blockers are looked for.
         inotify_paths: (kernel device, inode) to path, found before the freeze.
+        closed_sockets: by inode, connections that will come back closed; so they stay whatever happens to them.
     """
 
     pid: int
@@ -92,6 +93,7 @@ class Session:
     extra: list[ExtraContent] = field(default_factory=list)
     inotify_paths: dict[tuple[int, int], str] = field(default_factory=dict)
     mounts: dict[int, fdinfo.Mount] = field(default_factory=dict)
+    closed_sockets: dict[int, ClosedSocket] = field(default_factory=dict)
     _pidfd: int = -1
     _foreign_network: bool | None = None
 

@@ -15,9 +15,6 @@ import struct
 from checkpointd.linux import socket as sockets
 from checkpointd.state.files import SocketOption
 
-_SO_BUF_LOCK = (
-    72  # Linux kernel commit 04190bf8944d ("sock: allow reading and changing sk_userlocks ...") (in v5.15)
-)
 _SNDBUF_LOCKED, _RCVBUF_LOCKED = 1, 2
 _VALUE_BYTES = 64
 
@@ -62,7 +59,7 @@ def changed_options(sock: socket.socket) -> tuple[SocketOption, ...]:
     tos_set = any((option.level, option.name) in ((0, 1), (41, 67)) for option in found)
     if priority is not None and priority != fresh.get(_SO_PRIORITY) and not tos_set:
         found.append(SocketOption(*_SO_PRIORITY, priority))  # IP_TOS sets it too, above what we may set
-    locked = _get(sock, socket.SOL_SOCKET, _SO_BUF_LOCK)
+    locked = _get(sock, socket.SOL_SOCKET, sockets.SO_BUF_LOCK)
     if locked is not None:
         bits = struct.unpack("i", locked)[0]
         for bit, name in ((_SNDBUF_LOCKED, socket.SO_SNDBUF), (_RCVBUF_LOCKED, socket.SO_RCVBUF)):

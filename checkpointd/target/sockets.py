@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import socket
@@ -38,6 +39,8 @@ def one_socket(
     Args:
         index_by_inode: description index of each socket of the target.
     """
+    if known := session.closed_sockets.get(one.stat.st_ino):
+        return dataclasses.replace(known, flags=one.flags)
     if session.foreign_network():
         raise CannotSaveError(
             f"fd {one.fd} is a socket in another network namespace than checkpointd's; run it there"
@@ -98,7 +101,7 @@ def _tcp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket | Clo
                 f"fd {one.fd} is a TCP connection of {show(local)}{other}; it cannot be kept: "
                 "allow it to come back closed with --tcp close"
             )
-        return _closed(one, sock, show(peer) if peer else "")
+        return _closed(session, one, sock, show(peer) if peer else "")
     listening = info.state == sockets.TCP_LISTEN
     if listening and info.pending and session.final:
         session.warnings.append(
@@ -137,8 +140,8 @@ def _udp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket:
     )
 
 
-def _closed(one: OpenFd, sock: socket.socket, peer: str) -> ClosedSocket:
-    return ClosedSocket(
+def _closed(session: Session, one: OpenFd, sock: socket.socket, peer: str) -> ClosedSocket:
+    closed = ClosedSocket(
         flags=one.flags,
         family=int(sock.family),
         type=int(sock.type),
@@ -148,6 +151,8 @@ def _closed(one: OpenFd, sock: socket.socket, peer: str) -> ClosedSocket:
         inode=one.stat.st_ino,
         peer=peer,
     )
+    session.closed_sockets[closed.inode] = closed
+    return closed
 
 
 def _unix(
@@ -215,7 +220,7 @@ def _outside(session: Session, one: OpenFd, sock: socket.socket, peer_name: byte
             f"fd {one.fd} is a UNIX socket connected to another process{f' ({shown})' if shown else ''}; "
             "allow it to come back closed with --external null"
         )
-    return _closed(one, sock, shown)
+    return _closed(session, one, sock, shown)
 
 
 def _socket_file(session: Session, info: sockets.UnixInfo) -> SocketFile:
