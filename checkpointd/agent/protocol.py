@@ -169,7 +169,9 @@ class DumpArgs(_Args):
         compress: "zstd", "zstd:LEVEL" or "none"; "" for the default.
         parent: full id of the parent image; "" for the last image of this target.
         read_mode: "auto", "stopped" or "fork".
-        tcp: "" refuses established connections, "close" saves them to come back closed.
+        leave_stopped: SIGSTOP for the target before it is let go.
+        tcp: "refuse" (or "") established connections, "close" saves them to come back closed.
+        external: one word for pipes and local sockets to the outside: "keep" (or none), "null", "refuse".
         deadline_s: seconds left when the request was sent; None: no limit.
     """
 
@@ -195,8 +197,9 @@ class RestoreArgs(_Args):
 
     Attributes:
         image: full id.
-        external: "NAME=PATH" each.
-        tty: path of a terminal device; "" for none.
+        tcp, external: as in DumpArgs.
+        tty: "keep" (or "") the saved terminal, "null": /dev/null in its place.
+        changed: "refuse" files that changed since the dump in a way that matters, or "allow".
         track_backend: as in TrackArgs; "none" leaves the process untracked.
     """
 
@@ -206,6 +209,7 @@ class RestoreArgs(_Args):
     tcp: str = ""
     external: list[str] = field(default_factory=list)
     tty: str = ""
+    changed: str = "refuse"
     track_backend: str = "auto"
     deadline_s: float | None = None
 

@@ -28,6 +28,8 @@ from checkpointd.version import VERSION
 
 BACKENDS = ("auto", "uffd-wp", "content", "soft-dirty", "precise-soft-dirty")
 READ_MODES = ("auto", "stopped", "fork")
+TCP = ("refuse", "close")
+EXTERNAL = ("keep", "null", "refuse")
 
 NO_DEADLINE_S = 365 * 86400
 """gRPC tells a call without a deadline that it has centuries left."""
@@ -112,13 +114,12 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         deadline = _deadline(context)
         backend = _one_of("backend", request.backend, BACKENDS)
         read_mode = _one_of("read mode", request.read_mode, READ_MODES)
-        tcp = _one_of("tcp", request.tcp, ("", "close"))
+        tcp = _one_of("tcp", request.tcp, TCP)
+        external = _one_of("external", request.external, EXTERNAL)
         if request.max_frozen_us < 0:
             raise UsageError(
                 "the longest frozen time cannot be negative", hint="give e.g. --max-frozen 200ms"
             )
-        if request.kill and request.leave_stopped:
-            raise UsageError("a killed target cannot be left stopped", hint="give --kill or --leave-stopped")
         path = self.stores.path(request.store, may_choose=_is_local(context))
 
         def work(operation: Operation) -> None:
@@ -136,9 +137,8 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
                     tag=request.tag,
                     parent=parent,
                     read_mode=read_mode,
-                    leave_stopped=request.leave_stopped,
                     tcp=tcp,
-                    external=list(request.external),
+                    external=[external],
                     deadline_s=remaining_s(operation.deadline),
                 )
                 stats = self._run(operation, agent, "dump", args.to_dict())
@@ -153,7 +153,10 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
     def Restore(self, request: pb.RestoreRequest, context: grpc.ServicerContext) -> Iterator[pb.RestoreEvent]:
         deadline = _deadline(context)
         track_backend = _one_of("backend", request.track_backend, (*BACKENDS, "none"))
-        tcp = _one_of("tcp", request.tcp, ("", "close"))
+        tcp = _one_of("tcp", request.tcp, TCP)
+        external = _one_of("external", request.external, EXTERNAL)
+        tty = _one_of("tty", request.tty, ("keep", "null"))
+        changed = _one_of("changed", request.changed, ("refuse", "allow"))
         path = self.stores.path(request.store, may_choose=_is_local(context))
         image_id = self.stores.open(path).resolve(request.image)
 
@@ -164,8 +167,9 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
                     image=image_id,
                     new_pid=request.new_pid,
                     tcp=tcp,
-                    external=list(request.external),
-                    tty=request.tty,
+                    external=[external],
+                    tty=tty,
+                    changed=changed,
                     track_backend=track_backend,
                     deadline_s=remaining_s(operation.deadline),
                 )

@@ -146,6 +146,23 @@ def pid_option(function: F) -> F:
     return click.option("-p", "--pid", type=int, required=True, metavar="PID", help="The process.")(function)
 
 
+def files_options(function: F) -> F:
+    """Adds what dump and restore may do about connections to the outside."""
+    tcp = click.option(
+        "--tcp",
+        type=click.Choice(["refuse", "close"]),
+        default="refuse",
+        help="Established TCP connections: refuse, or close them in the restored process.",
+    )
+    external = click.option(
+        "--external",
+        type=click.Choice(["keep", "null", "refuse"]),
+        default="keep",
+        help="Pipes and sockets to other processes: the same ones, /dev/null, or refuse.",
+    )
+    return tcp(external(function))
+
+
 def complete_image(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """Ids in the store, for the shell; silent when there is no service."""
     import checkpointd.client  # noqa: PLC0415

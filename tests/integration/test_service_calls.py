@@ -276,7 +276,7 @@ def test_a_damaged_image_is_found(client, target, tmp_path):
         ({"read_mode": "guess"}, errors.UsageError, "read mode"),
         ({"tcp": "keep"}, errors.UsageError, "tcp"),
         ({"max_frozen_us": -1}, errors.UsageError, "negative"),
-        ({"kill": True, "leave_stopped": True}, errors.UsageError, "stopped"),
+        ({"external": "all"}, errors.UsageError, "external"),
         ({"store": "relative"}, errors.UsageError, "absolute"),
         ({"parent": "../../etc", "incremental": True}, errors.UsageError, "does not name an image"),
         ({"parent": "latest~999", "incremental": True}, errors.ImageNotFound, "latest~999"),

@@ -154,7 +154,7 @@ class UntrackResponse(_message.Message):
     def __init__(self, pid: _Optional[int] = ...) -> None: ...
 
 class DumpRequest(_message.Message):
-    __slots__ = ("pid", "store", "incremental", "backend", "kill", "max_frozen_us", "compress", "tag", "parent", "read_mode", "leave_stopped", "tcp", "external", "cancel_on_disconnect")
+    __slots__ = ("pid", "store", "incremental", "backend", "kill", "max_frozen_us", "compress", "tag", "parent", "read_mode", "tcp", "external", "cancel_on_disconnect")
     PID_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     INCREMENTAL_FIELD_NUMBER: _ClassVar[int]
@@ -165,7 +165,6 @@ class DumpRequest(_message.Message):
     TAG_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     READ_MODE_FIELD_NUMBER: _ClassVar[int]
-    LEAVE_STOPPED_FIELD_NUMBER: _ClassVar[int]
     TCP_FIELD_NUMBER: _ClassVar[int]
     EXTERNAL_FIELD_NUMBER: _ClassVar[int]
     CANCEL_ON_DISCONNECT_FIELD_NUMBER: _ClassVar[int]
@@ -179,11 +178,10 @@ class DumpRequest(_message.Message):
     tag: str
     parent: str
     read_mode: str
-    leave_stopped: bool
     tcp: str
-    external: _containers.RepeatedScalarFieldContainer[str]
+    external: str
     cancel_on_disconnect: bool
-    def __init__(self, pid: _Optional[int] = ..., store: _Optional[str] = ..., incremental: bool = ..., backend: _Optional[str] = ..., kill: bool = ..., max_frozen_us: _Optional[int] = ..., compress: _Optional[str] = ..., tag: _Optional[str] = ..., parent: _Optional[str] = ..., read_mode: _Optional[str] = ..., leave_stopped: bool = ..., tcp: _Optional[str] = ..., external: _Optional[_Iterable[str]] = ..., cancel_on_disconnect: bool = ...) -> None: ...
+    def __init__(self, pid: _Optional[int] = ..., store: _Optional[str] = ..., incremental: bool = ..., backend: _Optional[str] = ..., kill: bool = ..., max_frozen_us: _Optional[int] = ..., compress: _Optional[str] = ..., tag: _Optional[str] = ..., parent: _Optional[str] = ..., read_mode: _Optional[str] = ..., tcp: _Optional[str] = ..., external: _Optional[str] = ..., cancel_on_disconnect: bool = ...) -> None: ...
 
 class OperationStarted(_message.Message):
     __slots__ = ("operation_id",)
@@ -283,7 +281,7 @@ class DumpEvent(_message.Message):
     def __init__(self, started: _Optional[_Union[OperationStarted, _Mapping]] = ..., phase: _Optional[_Union[OperationPhase, _Mapping]] = ..., progress: _Optional[_Union[OperationProgress, _Mapping]] = ..., stats: _Optional[_Union[DumpStats, _Mapping]] = ..., summary: _Optional[_Union[DumpSummary, _Mapping]] = ...) -> None: ...
 
 class RestoreRequest(_message.Message):
-    __slots__ = ("image", "store", "new_pid", "tcp", "external", "tty", "track_backend", "cancel_on_disconnect")
+    __slots__ = ("image", "store", "new_pid", "tcp", "external", "tty", "track_backend", "cancel_on_disconnect", "changed")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     NEW_PID_FIELD_NUMBER: _ClassVar[int]
@@ -292,15 +290,17 @@ class RestoreRequest(_message.Message):
     TTY_FIELD_NUMBER: _ClassVar[int]
     TRACK_BACKEND_FIELD_NUMBER: _ClassVar[int]
     CANCEL_ON_DISCONNECT_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
     image: str
     store: str
     new_pid: bool
     tcp: str
-    external: _containers.RepeatedScalarFieldContainer[str]
+    external: str
     tty: str
     track_backend: str
     cancel_on_disconnect: bool
-    def __init__(self, image: _Optional[str] = ..., store: _Optional[str] = ..., new_pid: bool = ..., tcp: _Optional[str] = ..., external: _Optional[_Iterable[str]] = ..., tty: _Optional[str] = ..., track_backend: _Optional[str] = ..., cancel_on_disconnect: bool = ...) -> None: ...
+    changed: str
+    def __init__(self, image: _Optional[str] = ..., store: _Optional[str] = ..., new_pid: bool = ..., tcp: _Optional[str] = ..., external: _Optional[str] = ..., tty: _Optional[str] = ..., track_backend: _Optional[str] = ..., cancel_on_disconnect: bool = ..., changed: _Optional[str] = ...) -> None: ...
 
 class RestoreStats(_message.Message):
     __slots__ = ("pages_restored", "total_time", "restore_time", "nr_threads", "phases")

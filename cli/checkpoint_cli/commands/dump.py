@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from checkpoint_cli.follow import follow
-from checkpoint_cli.options import BACKENDS, DURATION, Session, pid_option, session_options, store_option
+from checkpoint_cli.options import (
+    BACKENDS,
+    DURATION,
+    Session,
+    files_options,
+    pid_option,
+    session_options,
+    store_option,
+)
 from checkpoint_cli.output import duration, short_id, size
 
 EPILOG = """\b
@@ -26,7 +34,6 @@ example:
 )
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="How changes are found.")
 @click.option("--kill", is_flag=True, help="Kill the process once the image is safe.")
-@click.option("-s", "--leave-stopped", is_flag=True, help="Leave the process stopped (SIGCONT lets it go).")
 @click.option(
     "--max-frozen", type=DURATION, default=0, help="Give up rather than freeze it longer, e.g. 200ms."
 )
@@ -35,15 +42,10 @@ example:
 @click.option(
     "--read-mode", type=click.Choice(["auto", "stopped", "fork"]), default="auto", help="How memory is read."
 )
-@click.option(
-    "--tcp", type=click.Choice(["close"]), default=None, help="Save TCP connections to come back closed."
-)
-@click.option(
-    "--external", multiple=True, metavar="NAME", help="Leave out what restore will be given, e.g. fd:5."
-)
+@files_options
 @store_option
 @session_options
-def command(session: Session, pid: int, max_frozen: int, tcp: str | None, **options: Any) -> None:
+def command(session: Session, pid: int, max_frozen: int, **options: Any) -> None:
     """Save a running process as a new image.
 
     The process runs on unless --kill is given, and stays tracked so that a later `dump --incremental` saves
@@ -52,7 +54,7 @@ def command(session: Session, pid: int, max_frozen: int, tcp: str | None, **opti
     if options["parent"] and not options["incremental"]:
         raise click.UsageError("--parent goes with --incremental")
     with session.client() as client:
-        events = client.dump(pid, max_frozen_us=max_frozen, tcp=tcp or "", **options)
+        events = client.dump(pid, max_frozen_us=max_frozen, **options)
         summary = follow(session, client, events, f"dump of {pid}")
     if not session.json:
         _show(session, summary)

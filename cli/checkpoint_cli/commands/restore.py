@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
@@ -14,6 +13,7 @@ from checkpoint_cli.options import (
     IMAGE_HELP,
     Session,
     complete_image,
+    files_options,
     session_options,
     store_option,
 )
@@ -34,12 +34,15 @@ example:
 )
 @click.argument("image", shell_complete=complete_image)
 @click.option("--new-pid", is_flag=True, help="Take any free pid instead of the saved one.")
-@click.option("--tcp", type=click.Choice(["close"]), default=None, help="Bring TCP connections back closed.")
+@files_options
 @click.option(
-    "--external", multiple=True, metavar="NAME=PATH", help="Give what the image leaves out, e.g. fd:5=/f."
+    "--tty", type=click.Choice(["keep", "null"]), default="keep", help="The terminal it had, or none."
 )
 @click.option(
-    "--tty", default="", metavar="DEVICE", help='Terminal in place of the saved one; "-" is this one.'
+    "--changed",
+    type=click.Choice(["refuse", "allow"]),
+    default="refuse",
+    help="Files that changed since the dump.",
 )
 @click.option(
     "--backend",
@@ -50,15 +53,9 @@ example:
 )
 @store_option
 @session_options
-def command(session: Session, image: str, tcp: str | None, tty: str, **options: Any) -> None:
-    if tty == "-":
-        try:
-            tty = os.ttyname(0)
-        except OSError:
-            raise click.UsageError("--tty -: the standard input is not a terminal") from None
+def command(session: Session, image: str, **options: Any) -> None:
     with session.client() as client:
-        events = client.restore(image, tcp=tcp or "", tty=tty, **options)
-        summary = follow(session, client, events, f"restore of {image}")
+        summary = follow(session, client, client.restore(image, **options), f"restore of {image}")
     if session.json:
         return
     for warning in summary["warnings"]:

@@ -36,7 +36,7 @@ def command(session: Session, image: str, vmas: bool, store: str) -> None:
         ("tag", found["tag"]),
         ("created", local_time(found["created_at"])),
         ("process", f"{found['pid']} ({found['name']})"),
-        ("command", found["cmdline"]),
+        ("command", " ".join(found["cmdline"].split())),
         ("host", found["host"]),
         ("backend", found["backend"]),
         ("memory", f"{found['nr_pages']} pages, {size(found['nr_pages'] * 4096)}"),
@@ -49,16 +49,25 @@ def command(session: Session, image: str, vmas: bool, store: str) -> None:
             click.echo(f"{name:9}{value}")
     state = answer.get("state")
     if isinstance(state, dict):
-        for name, value in state.items():
-            if isinstance(value, list):
-                click.echo(f"{name:9}{len(value)}")
+        _print_counts(state)
         if vmas:
-            _print_vmas(state)
+            _print_vmas(state.get("address_space") or {})
 
 
-def _print_vmas(state: dict[str, Any]) -> None:
-    space = next((value for value in state.values() if isinstance(value, dict) and "vmas" in value), state)
-    for vma in space.get("vmas", []):
+def _print_counts(state: dict[str, Any]) -> None:
+    for name, room, key in (
+        ("threads", "process", "threads"),
+        ("mappings", "address_space", "vmas"),
+        ("shared", "address_space", "objects"),
+        ("files", "files", "descriptors"),
+    ):
+        found = (state.get(room) or {}).get(key)
+        if found:
+            click.echo(f"{name:9}{len(found)}")
+
+
+def _print_vmas(space: dict[str, Any]) -> None:
+    for vma in space.get("vmas", ()):
         prot = "".join(letter if vma["prot"] & bit else "-" for bit, letter in PROT)
         click.echo(
             f"{vma['start']:012x}-{vma['end']:012x} {prot}{'s' if vma['shared'] else 'p'} "

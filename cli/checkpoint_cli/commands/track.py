@@ -16,15 +16,14 @@ from checkpoint_cli.output import print_document
 )
 @pid_option
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="How changes are found.")
-@click.option("--precise", is_flag=True, help="Ask the kernel for precise soft-dirty tracking.")
 @session_options
-def command(session: Session, pid: int, backend: str, precise: bool) -> None:
+def command(session: Session, pid: int, backend: str) -> None:
     """Begin to track which memory of a process changes.
 
     A dump does so by itself; `untrack` ends it.
     """
     with session.client() as client:
-        result = client.track(pid, backend=backend, precise=precise)
+        result = client.track(pid, backend=backend)
     if session.json:
         print_document(result)
     else:
