@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command, the service and the real agent on a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.service_harness import House, is_gone, wait_until
+
+PROGRAM = """
+import sys
+data = bytearray(4 << 20)
+for at in range(0, len(data), 4096):
+    data[at] = 1 + at // 4096 % 255
+print("ready", flush=True)
+for line in sys.stdin:
+    page = int(line)
+    data[page * 4096 + 7] += 1
+    print(sum(data), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    found = House(tmp_path_factory.mktemp("house"))
+    del found.environ["CHECKPOINTD_AGENT"]
+    found.serve()
+    checked = found.checkpoint("check", "--json")
+    if checked.returncode != 0:
+        found.close()
+        pytest.skip(f"this machine does not allow it: {checked.stdout}{checked.stderr}")
+    yield found
+    found.close()
+
+
+class Target:
+    """A program that answers each line with the sum of its memory."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout.readline() == "ready\n"
+        self.pid = self.process.pid
+
+    def touch(self, page: int) -> int:
+        self.process.stdin.write(f"{page}\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture
+def target():
+    found = Target()
+    yield found
+    found.process.stdin.close()
+    assert found.process.wait(30) == 0  # unharmed to its end
+    found.process.stdout.close()
+
+
+def summary_of(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def agent_pid(house, pid):
+    targets = {found["pid"]: found for found in house.checkpoint_json("status")["targets"]}
+    return targets[pid]["agent_pid"]
+
+
+def state_of(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def test_a_full_and_an_incremental_dump(house, target):
+    before = target.touch(0)
+    full = summary_of(house.checkpoint("dump", "-p", str(target.pid), "--json"))
+    assert full["parent_id"] == ""
+    assert full["pages_scanned"] >= 1024
+    assert target.touch(5) == before + 1
+    small = summary_of(house.checkpoint("dump", "-p", str(target.pid), "--incremental", "--json"))
+    assert small["parent_id"] == full["image_id"]
+    assert 1 <= small["pages_written"] < full["pages_written"] / 4
+    assert small["pages_scanned"] == (
+        small["pages_skipped_parent"] + small["pages_same"] + small["pages_zero"] + small["pages_written"]
+    )
+    assert "1 image whole" in house.checkpoint("verify", "latest").stdout
+    assert f"pid {target.pid}" in house.checkpoint("untrack", "-p", str(target.pid)).stdout
+    assert target.touch(6) == before + 2
+
+
+def test_the_program_runs_on_when_its_agent_and_its_service_are_killed(house, target):
+    before = target.touch(0)
+    house.checkpoint_json("track", "-p", str(target.pid))
+    agent = agent_pid(house, target.pid)
+    os.kill(agent, signal.SIGKILL)
+    assert target.touch(1) == before + 1
+    wait_until(lambda: is_gone(agent), "the agent's end")
+    assert house.checkpoint("dump", "-p", str(target.pid), "-q").returncode == 0
+    agent = agent_pid(house, target.pid)
+    house.service.kill()
+    house.service.wait()
+    wait_until(lambda: is_gone(agent), "the agent's end")
+    assert target.touch(2) == before + 2
+    assert state_of(target.pid) in "SR"
+    house.serve()
+    # tracking was lost with the service: the next image is right all the same, and says how
+    again = summary_of(house.checkpoint("dump", "-p", str(target.pid), "--incremental", "--json"))
+    assert again["pid"] == target.pid
+    assert again["backend_reason"]
+    assert target.touch(3) == before + 3
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "words"),
+    [("kernel thread", 7, "kernel thread"), ("zombie", 4, "exited"), ("service", 2, "checkpointd itself")],
+)
+def test_what_cannot_be_a_target(house, what, status, words):
+    zombie = None
+    if what == "kernel thread":
+        pid = 2
+        if Path("/proc/2/comm").exists() is False or Path("/proc/2/comm").read_text() != "kthreadd\n":
+            pytest.skip("no kernel threads are visible here")
+    elif what == "zombie":
+        zombie = subprocess.Popen(["true"])
+        wait_until(lambda: state_of(zombie.pid) == "Z", "the zombie")
+        pid = zombie.pid
+    else:
+        pid = house.service.pid
+    done = house.checkpoint("dump", "-p", str(pid))
+    assert (done.returncode, words in done.stderr) == (status, True), done.stderr
+    if zombie is not None:
+        zombie.wait()
+
+
+def test_a_process_under_a_debugger_is_left_to_it(house, target):
+    code = (
+        "import ctypes, sys\n"
+        f"assert ctypes.CDLL(None, use_errno=True).ptrace(0x4206, {target.pid}, None, None) == 0\n"
+        "print('seized', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as tracer:
+        assert tracer.stdout.readline() == "seized\n"
+        done = house.checkpoint("dump", "-p", str(target.pid))
+        assert done.returncode == 11
+        assert str(tracer.pid) in done.stderr
+        tracer.stdin.close()
