@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""System V shared memory: shmget(2), shmat(2), shmctl(2), and making a segment with a wanted id.
+
+Raises OSError only: EEXIST (the key is in use), EINVAL (no such segment, or a size that does not fit), EPERM.
+
+Source: shmget(2), proc_sys_kernel(5) (shm_next_id, Linux 3.9, CONFIG_CHECKPOINT_RESTORE).
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from checkpointd.linux._libc import syscall
+from checkpointd.linux.arch import Nr
+
+IPC_CREAT, IPC_EXCL = 0o1000, 0o2000
+IPC_RMID, IPC_SET, IPC_STAT = 0, 1, 2
+SHM_DEST = 0o1000
+_NEXT_ID = Path("/proc/sys/kernel/shm_next_id")
+_SHMID_DS_BYTES = 112
+
+
+def create(key: int, size_bytes: int, mode: int, wanted_id: int) -> int:
+    """A new segment; its id, which is `wanted_id` where the kernel and our rights allow."""
+    try:
+        _NEXT_ID.write_text(str(wanted_id), encoding="ascii")
+    except OSError:
+        pass
+    return syscall(Nr.SHMGET, key, size_bytes, IPC_CREAT | IPC_EXCL | (mode & 0o777), name="shmget")
+
+
+def attach(shmid: int) -> int:
+    """Attach to our own address space; the address."""
+    return syscall(Nr.SHMAT, shmid, 0, 0, name="shmat")
+
+
+def detach(address: int) -> None:
+    syscall(Nr.SHMDT, address, name="shmdt")
+
+
+def remove(shmid: int) -> None:
+    """Mark for destruction at the last detach."""
+    syscall(Nr.SHMCTL, shmid, IPC_RMID, 0, name="shmctl(IPC_RMID)")
+
+
+def set_owner(shmid: int, uid: int, gid: int, mode: int) -> None:
+    """IPC_SET: struct ipc64_perm {key, uid, gid, cuid, cgid, mode, ...} leads struct shmid64_ds."""
+    buffer = bytearray(_SHMID_DS_BYTES)
+    struct.pack_into("=iIIIII", buffer, 0, 0, uid, gid, 0, 0, mode & 0o777)
+    syscall(Nr.SHMCTL, shmid, IPC_SET, buffer, name="shmctl(IPC_SET)")
+
+
+def segments() -> dict[int, tuple[int, int, int]]:
+    """shmid -> (key, permissions with SHM_DEST, size), by /proc/sysvipc/shm."""
+    found = {}
+    for line in Path("/proc/sysvipc/shm").read_text(encoding="ascii").splitlines()[1:]:
+        field = line.split()
+        found[int(field[1])] = (int(field[0]), int(field[2], 8), int(field[3]))
+    return found

@@ -1,0 +1,531 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bringing a process back: conducts the steps, in the one order that works.
+
+::
+
+    check            machine, rights, ids, files                          nothing exists yet
+    spawn            stub with the pid, session, address space layout
+    empty, map       all mappings; program parts, vdso
+    fill             pages
+    finish           protection, guards, locks; directory, umask, personality
+    files            all descriptors
+    threads          born stopped; each told what is its own; who they are
+    signals, timers  queued while everything is blocked
+    before_release   the caller's hook: arm tracking
+    sleeps           interrupted calls get real restart blocks
+    let go           work area away, registers, masks, detach, the leader last
+
+Any failure on the way kills what was made: the process is either back or does not exist.  All of it happens on the
+calling thread, which becomes the tracer.
+
+Raises: RestoreConflict, Unsupported, NotPermitted, ImageDamaged, TargetGone, CheckpointError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal as signals_of_python
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpointd.errors import CheckpointError, RestoreConflict, Unsupported
+from checkpointd.linux import prctl, prlimit, ptrace, sched
+from checkpointd.linux import signal as sig
+from checkpointd.linux.arch import Nr, mmap_min_addr
+from checkpointd.memory import PAGE_SIZE
+from checkpointd.procfs import maps, process
+from checkpointd.restore import checks, plan
+from checkpointd.restore import signals as signal_steps
+from checkpointd.restore import threads as thread_steps
+from checkpointd.restore.files import FilesContext, after_credentials, check_files, restore_files
+from checkpointd.restore.fill import PageSource, fill
+from checkpointd.restore.objects import Objects, open_file
+from checkpointd.restore.plan import Step
+from checkpointd.restore.spawn import ADDR_COMPAT_LAYOUT, Birth, spawn
+from checkpointd.restore.stub import WORK_BYTES, StepFailedError, Stub
+from checkpointd.state.files import FilesOptions
+from checkpointd.state.memory import FileIdentity
+from checkpointd.state.process import ImageState, ProcessState
+from checkpointd.state.threads import Credentials, Scheduling
+from checkpointd.target.remote import Call
+from checkpointd.target.threads import RememberedSleep, SleepMemory
+from checkpointd.tracepoint import hit
+
+_WORK_PER_THREAD = 4 * PAGE_SIZE
+_EPERM = 1
+
+Progress = Callable[[str, int, int], None]
+"""(phase, done, total)"""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """What the user allows.
+
+    Attributes:
+        files: about open files; `files.changed` also rules mapped ones.
+        file_content: pieces of the content that the image keeps as pages for a file's description.
+        wait_for_ids_s: how long to wait for a dead process that still has the ids to be reaped.
+        before_release: called with the finished process (its `Remote`) before its first instruction.
+    """
+
+    files: FilesOptions = field(default_factory=FilesOptions)
+    file_content: Callable[[int], Iterable[bytes]] = lambda index: ()
+    wait_for_ids_s: float = 5.0
+    before_release: Callable[[Stub], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A process that runs again (or is stopped, if it was).
+
+    Attributes:
+        tids: old to new thread ids.
+        sleeps: what its sleeping threads are in, for the next dump of it.
+        phases: microseconds of each phase.
+        restore_time_us: from the birth of the stub to the last thread let go.
+    """
+
+    pid: int
+    tids: dict[int, int]
+    warnings: list[str]
+    sleeps: SleepMemory
+    pages_restored: int
+    phases: dict[str, int]
+    restore_time_us: int
+
+
+def _no_progress(phase: str, done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+def restore_process(
+    image: PageSource,
+    state: ImageState,
+    *,
+    new_pid: bool = False,
+    options: RestoreOptions | None = None,
+    progress: Progress | None = None,
+) -> Restored:
+    """Restore one process.
+
+    Args:
+        image: its pages.
+        new_pid: take any free ids instead of those it had.
+
+    Raises:
+        RestoreConflict: an id is taken (by whom), a file changed or is gone (which); all at once.
+        Unsupported, NotPermitted: not on this machine, not by this user.
+        ImageDamaged: a page or the state is not what it was.
+        TargetGone: somebody killed the new process.
+    """
+    return _Restorer(image, state, new_pid, options or RestoreOptions(), progress or _no_progress).run()
+
+
+class _Restorer:
+    def __init__(
+        self, image: PageSource, state: ImageState, new_pid: bool, options: RestoreOptions, progress: Progress
+    ) -> None:
+        self.image = image
+        self.process: ProcessState = state.process
+        self.space = state.address_space
+        self.files = state.files
+        self.new_pid = new_pid
+        self.options = options
+        self.progress = progress
+        self.warnings: list[str] = []
+        self.phases: dict[str, int] = {}
+        self.objects = Objects(self.space)
+        self.ours: Credentials = checks.our_credentials()
+        self.boot_id = process.boot_id()
+        self._phase_started_ns = time.monotonic_ns()
+
+    # ---- conducting
+
+    def run(self) -> Restored:
+        done = False
+        try:
+            self._check()
+            exe_fd = self._open_exe()
+            try:
+                started_ns = time.monotonic_ns()
+                stub = self._spawn(exe_fd)
+                try:
+                    nr_pages, tids = self._build(stub, exe_fd)
+                    self._release(stub, tids)
+                    done = True
+                finally:
+                    if not done:
+                        stub.destroy()
+                    stub.close()
+            finally:
+                if exe_fd is not None:
+                    os.close(exe_fd)
+        finally:
+            self.objects.close(failed=not done)
+        return Restored(
+            pid=stub.pid,
+            tids=tids,
+            warnings=self.warnings,
+            sleeps=self._sleeps(tids),
+            pages_restored=nr_pages,
+            phases=self.phases,
+            restore_time_us=(time.monotonic_ns() - started_ns) // 1000,
+        )
+
+    def _mark(self, phase: str) -> None:
+        """The phase is over."""
+        now = time.monotonic_ns()
+        self.phases[phase] = self.phases.get(phase, 0) + (now - self._phase_started_ns) // 1000
+        self._phase_started_ns = now
+        hit(f"restore.{phase}")
+
+    # ---- before anything exists
+
+    def _check(self) -> None:
+        state = self.process
+        self.progress("checking", 0, 0)
+        if not state.threads or state.threads[0].tid != state.pid:
+            raise CheckpointError("the image has no main thread", hint="`checkpoint verify` the image")
+        checks.check_machine(ImageState(state, self.space, self.files))
+        checks.check_rights(state, self.ours, new_pid=self.new_pid)
+        if not self.new_pid:
+            checks.check_ids(state, wait_s=self.options.wait_for_ids_s)
+        conflicts: list[str] = []
+        for what, path in (("working directory", state.cwd), ("root directory", state.root)):
+            if not os.path.isdir(path):
+                conflicts.append(f"its {what} {path} is gone")
+        try:
+            self.objects.open_all(plan.needs(self.space), state.root)
+        except RestoreConflict as error:
+            conflicts.append(error.message)
+        if self.options.files.changed == "refuse":
+            conflicts += checks.file_conflicts(self.space, self.objects.fds, state.root)
+        if self.files is not None:
+            conflicts += check_files(
+                self.files,
+                self.options.files,
+                pid=None if not self.new_pid else -1,
+                same_boot=self.boot_id == state.host.boot_id,
+            )
+        if conflicts:
+            raise RestoreConflict(
+                conflicts[0] + (f" (and {len(conflicts) - 1} more)" if len(conflicts) > 1 else ""),
+                hint="put back what is missing or changed (for packages: install the version of the dump), then "
+                "restore again",
+                conflicts=conflicts,
+            )
+        self.warnings += [*state.warnings, *checks.clock_warnings(state, self.boot_id)]
+        self._mark("check")
+
+    def _open_exe(self) -> int | None:
+        state = self.process
+        if state.exe_deleted:
+            return None
+        identity = FileIdentity(state.exe.path, state.exe.dev, state.exe.inode, 0, 0)
+        return open_file(identity, "/", writable=False)
+
+    def _spawn(self, exe_fd: int | None) -> Stub:
+        state = self.process
+        sid, own_group = self._session()
+        fds = sorted({*self.objects.fds.values(), *([] if exe_fd is None else [exe_fd])})
+        birth = Birth(
+            pid=0 if self.new_pid else state.pid,
+            sid=sid,
+            own_group=own_group,
+            stack_limit=plan.stack_limit(self.space, state.layout.start_stack),
+            personality=state.personality & ADDR_COMPAT_LAYOUT,
+            fds=fds,
+        )
+        try:
+            stub = spawn(birth, wait_s=self.options.wait_for_ids_s)
+        except OSError as error:
+            raise CheckpointError(
+                f"no process could be made: {error}", hint="check limits on processes (ulimit -u, pids.max)"
+            ) from error
+        self._mark("spawn")
+        return stub
+
+    def _session(self) -> tuple[int, bool]:
+        """(session to make again or 0 for an own one, in a group of its own there)."""
+        state = self.process
+        if self.new_pid or state.sid in (state.pid, 0):
+            return 0, False
+        if state.pgid not in (state.pid, state.sid):
+            self.warnings.append(
+                f"its process group {state.pgid} was another process's: it leads its own session"
+            )
+            return 0, False
+        if os.path.exists(f"/proc/{state.sid}") or _is_session_used(state.sid):
+            self.warnings.append(
+                f"its session {state.sid} is another process's: it leads its own session now"
+            )
+            return 0, False
+        return state.sid, state.pgid == state.pid
+
+    # ---- building
+
+    def _build(self, stub: Stub, exe_fd: int | None) -> tuple[int, dict[int, int]]:
+        state = self.process
+        size = WORK_BYTES + len(state.threads) * _WORK_PER_THREAD
+        size += sum(len(thread.pending) for thread in state.threads) * 2 * sig.SIGINFO_BYTES
+        size = -(-size // PAGE_SIZE) * PAGE_SIZE
+        stub.open_work_area(plan.find_hole(self.space, size, mmap_min_addr()), size)
+        local = ptrace.get_regset(stub.pid, ptrace.NT_X86_XSTATE)
+        self._check_features(local)
+        stub.run([Step(Call(Nr.ALARM, (0,)), "alarm"), *plan.wipe_steps(stub.work)])
+        stub.run(plan.mapping_steps(self.space, self.objects.fds, self.objects.shmids))
+        stub.run(thread_steps.tile_permission_steps(state))
+        self._set_program(stub, exe_fd)
+        self._map_vdso(stub)
+        self._mark("map")
+        nr_pages = fill(stub, self.image, self.space, self.objects, self.progress)
+        self._mark("memory")
+        self.progress("rebuilding", 0, 0)
+        stub.run(plan.finishing_steps(self.space, stub))
+        stub.reset()
+        self._surroundings(stub)
+        self._mark("finish")
+        if self.files is not None:
+            context = FilesContext(
+                options=self.options.files,
+                object_fds=self.objects.object_fds,
+                content=self.options.file_content,
+                same_boot=self.boot_id == state.host.boot_id,
+            )
+            self.warnings += restore_files(stub, self.files, context)
+            stub.reset()
+        self.objects.seal()
+        self.warnings += self.objects.warnings
+        self._mark("files")
+        tids = thread_steps.create_threads(stub, state, new_ids=self.new_pid)
+        if self.new_pid:
+            self.warnings += thread_steps.renumber(stub, state, tids)
+        for thread in state.threads:
+            thread_steps.warm_tiles(stub, thread, tids[thread.tid])
+        # signals and timers need the privileges we still have; the leader's table comes before it becomes itself
+        stub.run(self._signal_steps(stub, tids))
+        stub.run_all(
+            {
+                tids[thread.tid]: thread_steps.own_steps(stub, thread, tids[thread.tid], self.ours)
+                for thread in state.threads
+            }
+        )
+        self._last_words(stub)
+        stub.reset()
+        self._from_outside(stub, tids)
+        self._mark("threads")
+        if self.options.before_release is not None:
+            self.options.before_release(stub)
+            self._mark("tracking")
+        return nr_pages, tids
+
+    def _check_features(self, local_xstate: bytes) -> None:
+        from checkpointd.target.process import cpu_of  # noqa: PLC0415 - avoids a cycle at import
+
+        found = checks.feature_blockers(self.process, cpu_of(local_xstate, len(local_xstate)).xfeatures)
+        if found:
+            raise Unsupported(
+                f"this machine cannot restore the image: {found[0]}",
+                hint="restore on a machine with the same kind of CPU",
+                blockers=found,
+            )
+        self.local_xstate_bytes = len(local_xstate)
+
+    def _set_program(self, stub: Stub, exe_fd: int | None) -> None:
+        """What /proc shows of the program, and where brk goes on; then no inherited descriptor is needed."""
+        layout = self.process.layout
+        values = (
+            layout.start_code, layout.end_code, layout.start_data, layout.end_data, layout.start_brk, layout.brk,
+            layout.start_stack, layout.arg_start, layout.arg_end, layout.env_start, layout.env_end,
+        )  # fmt: skip
+        auxv_at = stub.put(layout.auxv)
+
+        def step(fd: int | None) -> Step:
+            at = stub.put(prctl.pack_mm_map(values, auxv_at, len(layout.auxv), fd))
+            args = (prctl.PR_SET_MM, prctl.PR_SET_MM_MAP, at, prctl.MM_MAP_SIZE, 0)
+            return Step(Call(Nr.PRCTL, args), "describing the program (PR_SET_MM_MAP)")
+
+        try:
+            stub.run([step(exe_fd)])
+        except StepFailedError as error:
+            if exe_fd is None or error.number != _EPERM:
+                raise
+            stub.run([step(None)])
+            self.warnings.append("/proc/PID/exe does not show the program: that needs CAP_CHECKPOINT_RESTORE")
+        stub.run([Step(Call(Nr.CLOSE_RANGE, (0, 0xFFFF_FFFF, 0)), "closing descriptors")])
+        stub.reset()
+
+    def _map_vdso(self, stub: Stub) -> None:
+        steps = plan.vdso_steps(self.space)
+        if not steps:
+            return
+        stub.run(steps)
+        # where the wanted place is taken the kernel maps it elsewhere and still succeeds
+        missing = plan.layout_fits(self.space, [(vma.start, vma.end) for vma in maps.read_maps(stub.pid)])
+        if missing:
+            raise Unsupported(
+                f"the kernel did not map {missing[0]} where it was", hint="report this", blockers=missing
+            )
+
+    def _surroundings(self, stub: Stub) -> None:
+        """Directory, root, umask, personality, and switches of the whole process."""
+        state = self.process
+        steps = [Step(Call(Nr.CHDIR, (self._path(stub, state.cwd),)), f"changing to directory {state.cwd}")]
+        if state.root != "/":
+            steps.append(
+                Step(Call(Nr.CHROOT, (self._path(stub, state.root),)), f"changing root to {state.root}")
+            )
+        steps += [
+            Step(Call(Nr.UMASK, (state.umask,)), "umask"),
+            Step(Call(Nr.PERSONALITY, (state.personality,)), "personality"),
+        ]
+        if state.child_subreaper:
+            steps.append(Step(Call(Nr.PRCTL, (prctl.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)), "child subreaper"))
+        if state.thp_disable:
+            args = (prctl.PR_SET_THP_DISABLE, state.thp_disable & 1, state.thp_disable & ~1, 0, 0)
+            steps.append(Step(Call(Nr.PRCTL, args), "THP switch", may_fail=True))
+        if state.memory_merge:
+            steps.append(
+                Step(Call(Nr.PRCTL, (prctl.PR_SET_MEMORY_MERGE, 1, 0, 0, 0)), "KSM switch", may_fail=True)
+            )
+        steps += [
+            Step(Call(Nr.MEMBARRIER, (1 << bit, 0, 0)), "membarrier registration")
+            for bit in range(16)
+            if state.membarrier >> bit & 1
+        ]
+        stub.run(steps)
+        stub.reset()
+
+    @staticmethod
+    def _path(stub: Stub, path: str) -> int:
+        return stub.put(os.fsencode(path) + b"\0")
+
+    def _signal_steps(self, stub: Stub, tids: dict[int, int]) -> list[Step]:
+        signals = self.process.signals
+        steps = signal_steps.action_steps(stub, signals)
+        steps += signal_steps.shared_pending_steps(stub, signals, stub.pid)
+        steps += signal_steps.timer_steps(stub, signals, tids, exact_ids=self._has_exact_timer_ids(stub))
+        return steps
+
+    def _has_exact_timer_ids(self, stub: Stub) -> bool:
+        if not self.process.signals.posix_timers:
+            return False
+        return stub.batch([Call(Nr.PRCTL, (prctl.PR_TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0))])[0] == 0
+
+    def _last_words(self, stub: Stub) -> None:
+        """Calls of the leader with its final credentials."""
+        # a change of user makes a process undumpable; 2 cannot be asked for and is what it then has already
+        dumpable = self.process.dumpable
+        if dumpable in (0, 1):
+            stub.run([Step(Call(Nr.PRCTL, (prctl.PR_SET_DUMPABLE, dumpable, 0, 0, 0)), "dumpable")])
+        if self.files is not None:
+            stub.batch(after_credentials(self.files))
+
+    def _from_outside(self, stub: Stub, tids: dict[int, int]) -> None:
+        """Limits, scheduling and the like, set by us."""
+        state = self.process
+        for limit in state.limits:
+            try:
+                prlimit.set_limit(stub.pid, limit.resource, limit.soft, limit.hard)
+            except PermissionError:
+                hard = min(limit.hard, prlimit.get_limit(stub.pid, limit.resource)[1])
+                prlimit.set_limit(stub.pid, limit.resource, min(limit.soft, hard), hard)
+                self.warnings.append(
+                    f"its hard limit of {prlimit.NAMES[limit.resource]} is {hard} now: raising it to {limit.hard} "
+                    "needs CAP_SYS_RESOURCE"
+                )
+        self._write_proc(stub.pid, "oom_score_adj", str(state.oom_score_adj))
+        if state.coredump_filter is not None:
+            self._write_proc(stub.pid, "coredump_filter", hex(state.coredump_filter))
+        for thread in state.threads:
+            self._schedule(tids[thread.tid], thread.scheduling)
+
+    def _write_proc(self, pid: int, name: str, value: str) -> None:
+        path = Path(f"/proc/{pid}/{name}")
+        try:
+            if int(path.read_text(encoding="ascii"), 0 if value.startswith("0x") else 10) != int(value, 0):
+                path.write_text(value, encoding="ascii")
+        except ValueError:
+            path.write_text(value, encoding="ascii")
+        except OSError as error:
+            self.warnings.append(f"its {name} could not be set to {value}: {error.strerror}")
+
+    def _schedule(self, tid: int, wanted: Scheduling) -> None:
+        try:
+            if wanted.cpus:
+                here = set(wanted.cpus) & set(range(os.cpu_count() or 1))
+                if here:
+                    os.sched_setaffinity(tid, here)
+                else:
+                    self.warnings.append(f"thread {tid}: none of its CPUs {wanted.cpus} is here")
+            elif os.sched_getaffinity(tid) != (everywhere := set(range(os.cpu_count() or 1))):
+                os.sched_setaffinity(tid, everywhere)
+            attr = sched.SchedAttr(
+                wanted.policy, wanted.flags, wanted.nice, wanted.priority,
+                wanted.runtime_ns, wanted.deadline_ns, wanted.period_ns,
+            )  # fmt: skip
+            if sched.get_attr(tid) != attr:
+                sched.set_attr(tid, attr)
+            if sched.get_ioprio(tid) != wanted.ioprio:
+                sched.set_ioprio(tid, wanted.ioprio)
+        except OSError as error:
+            self.warnings.append(f"thread {tid}: its scheduling could not be given back: {error}")
+
+    # ---- letting go
+
+    def _release(self, stub: Stub, tids: dict[int, int]) -> None:
+        state = self.process
+        finals = {}
+        for thread in state.threads:
+            tid = tids[thread.tid]
+            xstate = thread_steps.checked_xstate(thread, self.local_xstate_bytes)
+            finals[tid] = (thread_steps.final_registers(stub, thread, tid), xstate, thread.sigmask)
+        trap_at = stub.put(signal_steps.trap_action(state.signals))
+        self._alone(
+            stub, Nr.RT_SIGACTION, (sig.SIGTRAP, trap_at, 0, sig.SIGSET_BYTES), "the action of SIGTRAP"
+        )
+        start, end = stub.work
+        self._alone(stub, Nr.MUNMAP, (start, end - start), "unmapping the work area")
+        stub.settle(stub.pid)
+        for tid, (regs, xstate, sigmask) in finals.items():
+            thread_steps.give_registers(tid, regs, xstate, sigmask)
+        if state.stopped:
+            os.kill(stub.pid, signals_of_python.SIGSTOP)
+        hit("restore.release")
+        for tid in sorted(finals, key=lambda one: one == stub.pid):  # the leader last
+            with contextlib.suppress(ProcessLookupError):
+                ptrace.detach(tid)
+        self._mark("release")
+
+    @staticmethod
+    def _alone(stub: Stub, nr: int, args: tuple[int, ...], what: str) -> None:
+        result = stub.single(stub.pid, nr, args)
+        if result < 0:
+            raise StepFailedError(stub.pid, what, -result)
+
+    def _sleeps(self, tids: dict[int, int]) -> SleepMemory:
+        now_ns = time.monotonic_ns()
+        found = SleepMemory()
+        for thread in self.process.threads:
+            sleep = thread.sleep
+            if sleep is not None and not sleep.lost:
+                deadline = None if sleep.remaining_ns is None else now_ns + sleep.remaining_ns
+                found.sleeps[tids[thread.tid]] = RememberedSleep(sleep.nr, sleep.args, deadline)
+        return found
+
+
+def _is_session_used(sid: int) -> bool:
+    """Does a process belong to the session, though its leader is gone?"""
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                stat = process.read_stat(int(name))
+            except (OSError, ValueError):
+                continue
+            if sid in (stat.session, stat.pgrp):
+                return True
+    return False
