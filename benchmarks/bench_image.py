@@ -3,8 +3,10 @@
 
     python benchmarks/bench_image.py [--size-mib 1024] [--repeats 7] [--dir /dev/shm] [--json FILE]
 
-Every figure is the median of `--repeats` rounds (best and worst beside it), with the limit measured in the same
-rounds, alternating, after one warm-up.  Memory is written before it is timed, so no first touch is counted.
+The limit of a write is two threads that only write (with zstd: only compress and write) the same memory.  The
+limit of a read is the same generation as one flat image.  Every figure is the median of `--repeats` rounds (best
+and worst beside it), with the limit measured in the same rounds, alternating, after one warm-up.  Memory is
+written before it is timed, so no first touch is counted.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE
@@ -45,18 +48,21 @@ def make_memory(nr_pages: int, kind: str) -> np.ndarray:
     return words.view(np.uint8)
 
 
-def raw_write(directory: str, data: np.ndarray, threads: int = 2) -> None:
-    """The limit: `threads` threads write the memory into a new file each, 1 MiB at a time."""
+def raw_write(directory: str, data: np.ndarray, compress: str, threads: int = 2) -> None:
+    """The limit: `threads` threads write the memory into a new file each, 1 MiB at a time, compressed or not."""
     view = data.reshape(-1).data
     share = len(view) // threads
 
     def work(number: int) -> None:
         path = f"{directory}/raw{number}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        at = 0
+        compressor = zstandard.ZstdCompressor(level=1) if compress == "zstd:1" else None
+        at = offset = 0
         while at < share:
             start = number * share + at
-            at += os.pwrite(fd, view[start : start + min(MIB, share - at)], at)
+            block = view[start : start + min(MIB, share - at)]
+            at += len(block)
+            offset += os.pwrite(fd, compressor.compress(block) if compressor else block, offset)
         os.close(fd)
 
     workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
@@ -108,7 +114,9 @@ def bench_write(directory: str, size_mib: int, repeats: int) -> list[dict[str, A
 
             limits, ours = [], []
             for round_number in range(repeats + 1):
-                limit = timed(lambda data=data: raw_write(directory, data), drop_raw)
+                limit = timed(
+                    lambda data=data, compress=compress: raw_write(directory, data, compress), drop_raw
+                )
                 our = timed(write, lambda path=store_path: shutil.rmtree(path))
                 if round_number:
                     limits.append(limit)

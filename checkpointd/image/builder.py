@@ -296,7 +296,7 @@ class ImageBuilder:
     def _commit(self, meta: dict[str, Any], state: bytes) -> ImageInfo:
         tracepoint.hit("image.commit")
         merged = {obj: _merge(obj, parts) for obj, parts in self._parts.items()}
-        self._consolidate(merged)
+        nr_copied = self._consolidate(merged)
         pack_ids = [pack.id for pack in self._parent.packs] if self._parent else []
         written: list[tuple[str, PackWriter]] = []
         for writer in self._writers:
@@ -313,6 +313,7 @@ class ImageBuilder:
             "pages_same": self._counts.same,
             "pages_written": self._counts.written,
             "pages_skipped_parent": self._nr_inherited,
+            "pages_consolidated": nr_copied,  # of old packs, written again
             "bytes_raw": self._counts.written * PAGE_SIZE,
             "bytes_packs": sum(writer.bytes_written for _, writer in written),
         }
@@ -370,10 +371,14 @@ class ImageBuilder:
             format_version=FORMAT_VERSION,
         )
 
-    def _consolidate(self, merged: dict[int, tuple[PageNumbers, U64]]) -> None:
-        """Copy live pages out of old blocks that hold too many dead ones; changes `merged` in place."""
+    def _consolidate(self, merged: dict[int, tuple[PageNumbers, U64]]) -> int:
+        """Copy live pages out of old blocks that hold too many dead ones; changes `merged` in place.
+
+        Returns:
+            How many pages were copied.
+        """
         if self._parent is None:
-            return
+            return 0
         packs = self._parent.packs
         limit = np.uint64(len(packs)) << _SHIFT
         objs = list(merged)
@@ -383,7 +388,7 @@ class ImageBuilder:
         nr_packs = sum(1 for writer in self._writers if writer.nr_pages)
         copy = old[blocks_to_copy(everything[old], packs, nr_new, max(1, nr_packs), self._policy)]
         if len(copy) == 0:
-            return
+            return 0
         copy = copy[np.argsort(everything[copy], kind="stable")]
         sources = everything[copy]
         with self._writer() as (number, writer):
@@ -405,6 +410,7 @@ class ImageBuilder:
             pages = merged[obj][0]
             merged[obj] = (pages, everything[start : start + len(pages)])
             start += len(pages)
+        return len(copy)
 
     # -- state ------------------------------------------------------------------------------------------------
 
