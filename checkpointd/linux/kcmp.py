@@ -11,12 +11,22 @@ import struct
 from checkpointd.linux._libc import syscall
 
 _NR_KCMP = 312
-KCMP_FILE = 0
+KCMP_FILE, KCMP_FILES, KCMP_FS = 0, 2, 3
 KCMP_EPOLL_TFD = 7
 
 
-def _kcmp(pid: int, kind: int, index1: int, index2: int | bytes) -> int:
-    return syscall(_NR_KCMP, pid, pid, kind, index1, index2, name="kcmp")
+def _kcmp(pid: int, kind: int, index1: int, index2: int | bytes, *, other: int | None = None) -> int:
+    return syscall(_NR_KCMP, pid, pid if other is None else other, kind, index1, index2, name="kcmp")
+
+
+def shares_files(pid: int, tid: int) -> bool:
+    """Do two threads have one table of descriptors (CLONE_FILES)?"""
+    return _kcmp(pid, KCMP_FILES, 0, 0, other=tid) == 0
+
+
+def shares_directories(pid: int, tid: int) -> bool:
+    """Do two threads have one root, working directory and umask (CLONE_FS)?"""
+    return _kcmp(pid, KCMP_FS, 0, 0, other=tid) == 0
 
 
 def compare_files(pid: int, fd1: int, fd2: int) -> int:

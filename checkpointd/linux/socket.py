@@ -191,6 +191,41 @@ def attach_filter(fd: int, instructions: bytes) -> None:
     syscall(_NR_SETSOCKOPT, fd, socket.SOL_SOCKET, SO_ATTACH_FILTER, program, len(program), name="setsockopt")
 
 
+MCAST_JOIN_GROUP = 42
+_MCAST_MSFILTER, _MCAST_EXCLUDE = 48, 0
+# struct group_req: __u32 gr_interface, (4 bytes hole,) struct sockaddr_storage gr_group (128 bytes)
+_GROUP_REQ = struct.Struct("=I4x128s")
+# struct group_filter: as group_req, then __u32 gf_fmode, __u32 gf_numsrc, sources
+_GROUP_FILTER = struct.Struct("=I4x128sII")
+
+
+def group_request(family: int, interface: int, group: bytes) -> bytes:
+    """struct group_req, the value of MCAST_JOIN_GROUP.
+
+    Args:
+        group: the packed address, 4 or 16 bytes.
+    """
+    # struct sockaddr_in: family, port, address; struct sockaddr_in6: family, port, flow info, address, scope
+    hole = b"" if family == socket.AF_INET else bytes(4)
+    return _GROUP_REQ.pack(interface, struct.pack("=HH", family, 0) + hole + group)
+
+
+def is_plain_member(sock: socket.socket, interface: int, group: bytes) -> bool | None:
+    """Did the socket join the group?  None: it did, but only for some sources."""
+    request = group_request(sock.family, interface, group)
+    value = bytearray(_GROUP_FILTER.pack(*_GROUP_REQ.unpack(request), 0, 0))
+    level = socket.IPPROTO_IP if sock.family == socket.AF_INET else socket.IPPROTO_IPV6
+    size = bytearray(struct.pack("=I", len(value)))
+    try:
+        syscall(_NR_GETSOCKOPT, sock.fileno(), level, _MCAST_MSFILTER, value, size, name="getsockopt")
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EINVAL):
+            return False
+        raise
+    _, _, mode, nr_sources = _GROUP_FILTER.unpack(value)
+    return True if mode == _MCAST_EXCLUDE and not nr_sources else None
+
+
 def netlink_groups(sock: socket.socket) -> tuple[int, ...]:
     """Multicast groups the netlink socket is in."""
     words = sock.getsockopt(SOL_NETLINK, NETLINK_LIST_MEMBERSHIPS, 128)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 
 
@@ -175,6 +176,27 @@ def read(pid: int, fd: int) -> bytes:
 def list_fds(pid: int) -> list[int]:
     """Open descriptors, ascending."""
     return sorted(map(int, os.listdir(f"/proc/{pid}/fd")))
+
+
+def parse_igmp(text: bytes) -> list[tuple[int, bytes]]:
+    """/proc/net/igmp: (interface index, group, 4 bytes) of all memberships of the network namespace."""
+    groups: list[tuple[int, bytes]] = []
+    interface = 0
+    for line in text.splitlines()[1:]:
+        words = line.split()
+        if not words:
+            continue
+        if line[:1] not in b" \t":
+            interface = int(words[0])
+        else:
+            groups.append((interface, int(words[0], 16).to_bytes(4, sys.byteorder)))
+    return groups
+
+
+def parse_igmp6(text: bytes) -> list[tuple[int, bytes]]:
+    """/proc/net/igmp6: (interface index, group, 16 bytes)."""
+    lines = (line.split() for line in text.splitlines())
+    return [(int(words[0]), bytes.fromhex(words[2].decode("ascii"))) for words in lines if len(words) > 2]
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,13 @@ def restore_files(remote: Remote, state: FilesState, context: FilesContext) -> l
     maker = Maker(state, context, remote.pid)
     _room_for(os.getpid(), len(state.descriptions) + len(state.pipes) * 2 + 64)
     try:
-        _make_all(maker)
+        try:
+            _make_all(maker)
+        except OSError as error:
+            raise RestoreConflict(
+                f"{maker.name(maker.current)} cannot be made again: {error.strerror or error}",
+                hint="The image is sound; see what the system lacks.",
+            ) from error
         _install(remote, maker)
         _watch(remote, maker)
         _lock_and_own(remote, maker)
@@ -99,13 +105,16 @@ def _make_all(maker: Maker) -> None:
     sources: dict[int, pipes.Source] = {}
     for index, one in enumerate(state.descriptions):
         if isinstance(one, state_of.PipeEnd) and one.pipe not in sources:
+            maker.current = index
             sources[one.pipe] = pipes.prepare(maker, index, state.pipes[one.pipe])
     for index, one in enumerate(state.descriptions):
+        maker.current = index
         if isinstance(one, UnixSocket):
             sockets.unix(maker, index, one)
         elif not isinstance(one, state_of.Inotify):
             maker.local[index] = _make(maker, index, one, sources)
     for index, one in enumerate(state.descriptions):
+        maker.current = index
         if isinstance(one, UnixSocket):
             sockets.connect_unix(maker, index, one)
         for lock in one.locks:

@@ -49,6 +49,7 @@ class Maker:
         local: our descriptor of each description made so far.
         content_base: descriptor of the file that holds the content of description `index`.
         bases: descriptors that keep something alive until all is made (unlinked files, pipe ends).
+        current: the description at work, for messages.
         deferred: what must wait until all is open (modes, owners, seals).
     """
 
@@ -60,6 +61,7 @@ class Maker:
     content_base: dict[int, int] = field(default_factory=dict)
     deferred: list[Callable[[], None]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    current: int = 0
     _holders: dict[str, Holder] | None = None
     _numbers: dict[int, list[state_of.Descriptor]] | None = None
 

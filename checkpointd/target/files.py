@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ from typing import Protocol
 
 from checkpointd.errors import NotPermitted, TargetGone, Unsupported
 from checkpointd.linux import fcntl as fdcalls
+from checkpointd.linux.kcmp import shares_directories, shares_files
 from checkpointd.procfs import fdinfo
-from checkpointd.procfs.process import boot_id
+from checkpointd.procfs.process import boot_id, thread_ids
 from checkpointd.state.files import (
     AnyDescription,
     ClosedSocket,
@@ -55,6 +57,8 @@ __all__ = [
     "shared_memory_fds",
 ]
 
+_TRIES = 5
+_CLOSED_MEANWHILE = (errno.ENOENT, errno.EBADF, errno.ENOTCONN, errno.ENXIO, errno.ESRCH)
 _LOCK_TYPES = {"FLOCK": "flock", "POSIX": "posix", "OFDLCK": "ofd"}
 _NOT_SAVED = {
     "[io_uring]": "an io_uring, whose requests live in the kernel",
@@ -116,16 +120,24 @@ def prepare_files(pid: int, options: FilesOptions | None = None) -> FilesDraft:
         TargetGone: no such process.
         NotPermitted: not ours to look at.
     """
-    draft = FilesDraft(boot_id=boot_id())
-    try:
-        draft.mounts = read_mounts(pid)
-        with Session(pid, options or FilesOptions(), final=False, mounts=draft.mounts) as session:
-            _describe(session)
-            draft.inotify_paths = session.inotify_paths
-            draft.closed_sockets = session.closed_sockets
-            draft.blockers = session.problems
-    except OSError as error:
-        raise _meaning(pid, error) from error
+    options = options or FilesOptions()
+    for _ in range(_TRIES):
+        try:
+            return _prepare(pid, options)
+        except OSError as error:
+            # it opens and closes files while we look
+            if error.errno not in _CLOSED_MEANWHILE or not os.path.exists(f"/proc/{pid}/fd"):
+                raise _meaning(pid, error) from error
+    return FilesDraft(boot_id=boot_id())  # the freeze will tell
+
+
+def _prepare(pid: int, options: FilesOptions) -> FilesDraft:
+    draft = FilesDraft(boot_id=boot_id(), mounts=read_mounts(pid))
+    with Session(pid, options, final=False, mounts=draft.mounts) as session:
+        _describe(session)
+        draft.inotify_paths = session.inotify_paths
+        draft.closed_sockets = session.closed_sockets
+        draft.blockers = session.problems
     return draft
 
 
@@ -178,12 +190,15 @@ def capture_files(
             inotify_paths=draft.inotify_paths,
             closed_sockets=draft.closed_sockets,
         ) as session:
-            state = _describe(session)
+            try:
+                state = _describe(session)
+            except BaseException:
+                _close_all(session.extra)
+                raise
     except OSError as error:
         raise _meaning(pid, error) from error
     if session.problems:
-        for extra in session.extra:
-            extra.close()
+        _close_all(session.extra)
         raise Unsupported(
             f"process {pid} has open files that cannot be saved: {session.problems[0]}"
             + (f" (and {len(session.problems) - 1} more)" if len(session.problems) > 1 else ""),
@@ -196,6 +211,11 @@ def capture_files(
         session.extra,
         session.warnings,
     )
+
+
+def _close_all(extra_objects: list[ExtraContent]) -> None:
+    while extra_objects:
+        extra_objects.pop().close()
 
 
 def _meaning(pid: int, error: OSError) -> Exception:
@@ -223,6 +243,7 @@ class _Found:
 
 def _describe(session: Session) -> FilesState:
     """Describe all descriptions; what cannot be saved becomes a problem of the session."""
+    _check_threads(session)
     fds = read_open_fds(session.pid)
     groups = group_by_description(session.pid, fds)
     pipe_states, pipe_index = _pipes(session, groups)
@@ -244,6 +265,10 @@ def _describe(session: Session) -> FilesState:
             descriptions.append(_with_locks_and_owner(session, group, description))
         except CannotSaveError as problem:
             session.problems.append(str(problem))
+        except (KeyError, ValueError) as error:
+            session.problems.append(
+                f"fd {group[0].fd} ({group[0].link}): this kernel describes it in a way not understood ({error})"
+            )
         except OSError as error:
             # a running target may close it under our hands
             if session.final or error.errno not in (errno.ENOENT, errno.EBADF, errno.ENOTCONN):
@@ -251,6 +276,26 @@ def _describe(session: Session) -> FilesState:
         descriptors += [Descriptor(one.fd, index, one.info.cloexec) for one in group]
     descriptors.sort(key=lambda descriptor: descriptor.fd)
     return FilesState(tuple(descriptions), tuple(descriptors), tuple(pipe_states))
+
+
+def _check_threads(session: Session) -> None:
+    for tid in thread_ids(session.pid):
+        if tid == session.pid:
+            continue
+        try:
+            if not shares_files(session.pid, tid):
+                session.problems.append(
+                    f"thread {tid} has open files of its own (unshare(CLONE_FILES)), which cannot be saved"
+                )
+            if not shares_directories(session.pid, tid):
+                session.problems.append(
+                    f"thread {tid} has a working directory of its own (unshare(CLONE_FS)), which cannot be saved"
+                )
+        except OSError as error:
+            if error.errno == errno.ENOSYS:  # without CONFIG_KCMP nobody can tell
+                return
+            if error.errno != errno.ESRCH or session.final:
+                raise
 
 
 def _pipes(session: Session, groups: Sequence[Sequence[OpenFd]]) -> tuple[list[PipeState], dict[int, int]]:

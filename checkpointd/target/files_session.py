@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,7 @@ class Session:
     closed_sockets: dict[int, ClosedSocket] = field(default_factory=dict)
     _pidfd: int = -1
     _foreign_network: bool | None = None
+    _multicast: dict[int, list[tuple[int, bytes]]] = field(default_factory=dict)
 
     def __enter__(self) -> Session:
         return self
@@ -148,6 +150,18 @@ class Session:
             theirs, ours = (os.stat(f"/proc/{who}/ns/net").st_ino for who in (self.pid, "self"))
             self._foreign_network = theirs != ours
         return self._foreign_network
+
+    def multicast_groups(self, family: int) -> list[tuple[int, bytes]]:
+        """(interface, group) of everything joined by anybody in the target's network namespace."""
+        if family not in self._multicast:
+            name, parse = (
+                ("igmp", fdinfo.parse_igmp) if family == socket.AF_INET else ("igmp6", fdinfo.parse_igmp6)
+            )
+            try:
+                self._multicast[family] = parse(Path(f"/proc/{self.pid}/net/{name}").read_bytes())
+            except FileNotFoundError:  # a kernel without multicast or IPv6
+                self._multicast[family] = []
+        return self._multicast[family]
 
     def cwd(self) -> str:
         return os.readlink(f"/proc/{self.pid}/cwd")

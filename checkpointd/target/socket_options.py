@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of a socket that differ from those of a fresh one.  Only getsockopt(2).
 
-Not seen: multicast memberships, TCP MD5 and AO keys, IP options; no call reads them back in full.
+Not seen: TCP MD5 and AO keys, IP options; no call reads them back in full.
 Source: socket(7), ip(7), ipv6(7), tcp(7), udp(7), include/uapi/asm-generic/socket.h.
 """
 

@@ -18,6 +18,7 @@ from checkpointd.state.files import (
     InetSocket,
     NetlinkSocket,
     SocketFile,
+    SocketOption,
     UnixSocket,
 )
 from checkpointd.target.files_session import CannotSaveError, OpenFd, Session
@@ -122,6 +123,32 @@ def _tcp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket | Clo
     )
 
 
+_EVERYBODY = {
+    bytes([224, 0, 0, 1]),
+    bytes.fromhex("ff01" + "0" * 27 + "1"),
+    bytes.fromhex("ff02" + "0" * 27 + "1"),
+}
+
+
+def _memberships(session: Session, one: OpenFd, sock: socket.socket) -> tuple[SocketOption, ...]:
+    """Multicast groups the socket joined; a socket is asked about each group known on the machine."""
+    found = []
+    level = socket.IPPROTO_IP if sock.family == socket.AF_INET else socket.IPPROTO_IPV6
+    for interface, group in session.multicast_groups(sock.family):
+        if group in _EVERYBODY:
+            continue
+        joined = sockets.is_plain_member(sock, interface, group)
+        if joined is None:
+            address = socket.inet_ntop(sock.family, group)
+            raise CannotSaveError(
+                f"fd {one.fd} is in the multicast group {address} for some sources only, which cannot be saved"
+            )
+        if joined:
+            value = sockets.group_request(sock.family, interface, group)
+            found.append(SocketOption(int(level), sockets.MCAST_JOIN_GROUP, value))
+    return tuple(found)
+
+
 def _udp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket:
     local, peer = _address(sock.getsockname()), _peer(sock)
     if session.final and _unread(sock):
@@ -131,7 +158,7 @@ def _udp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket:
         family=int(sock.family),
         type=int(socket.SOCK_DGRAM),
         protocol=int(socket.IPPROTO_UDP),
-        options=changed_options(sock),
+        options=changed_options(sock) + _memberships(session, one, sock),
         uid=one.stat.st_uid,
         gid=one.stat.st_gid,
         state="connected" if peer else "idle",

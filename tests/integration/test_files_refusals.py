@@ -56,6 +56,24 @@ def test_at_dump_before_and_in_the_freeze(setup, words, tmp_path):
         assert target.get("1 + 1") == 2
 
 
+@pytest.mark.parametrize(
+    ("flag", "words"), [(0x400, "open files of its own"), (0x200, "working directory of its own")]
+)
+def test_a_thread_with_a_table_of_its_own(flag, words):
+    setup = f"""
+import threading
+ready, stay = threading.Event(), threading.Event()
+def alone():
+    assert libc.unshare({flag}) == 0
+    ready.set(); stay.wait()
+threading.Thread(target=alone, daemon=True).start(); ready.wait()
+"""
+    with driven(**QUIET) as target:
+        target.do(setup)
+        (blocker,) = file_blockers(target.pid)
+        assert words in blocker
+
+
 def test_all_reasons_at_once(tmp_path):
     with driven(cwd=tmp_path, **QUIET) as target:
         target.do("a = os.pidfd_open(os.getppid()); b = os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY)")

@@ -116,6 +116,25 @@ b = socket.socket(2, 2); b.bind(('127.0.0.1', {second})); b.connect(('127.0.0.1'
         assert stub.get("a.getsockopt(1, socket.SO_BROADCAST)") == 1
 
 
+@pytest.mark.parametrize(
+    ("family", "level", "group", "request_"),
+    [
+        (socket.AF_INET, 0, "239.1.2.3", "struct.pack('=4s4si', socket.inet_aton('239.1.2.3'), bytes(4), 1)"),
+        (socket.AF_INET6, 41, "ff02::4:5", "struct.pack('=16si', socket.inet_pton(10, 'ff02::4:5'), 1)"),
+    ],
+)
+def test_multicast_membership(family, level, group, request_):
+    option = 35 if level == 0 else 20  # IP_ADD_MEMBERSHIP, IPV6_JOIN_GROUP, on the loopback
+    setup = f"""
+s = socket.socket({int(family)}, 2); s.setsockopt({level}, {option}, {request_}); os.dup2(s.fileno(), 20)
+"""
+    with moved(setup, **QUIET) as (stub, warnings):
+        assert warnings == []
+        # joining again says it is joined already
+        with pytest.raises(AssertionError, match="Address already in use"):
+            stub.do(f"socket.socket(fileno=os.dup(20)).setsockopt({level}, {option}, {request_})")
+
+
 def test_unix_listener_takes_its_path_back(tmp_path):
     path = str(tmp_path / "service.sock")
     setup = """

@@ -94,6 +94,19 @@ def test_epoll_lines_as_the_kernel_prints_them(fd, events, data, inode, device):
     assert fdinfo.parse(HEAD + line.encode()).epoll == (fdinfo.EpollEntry(fd, events, data, inode, device),)
 
 
+def test_multicast_tables():
+    text = (
+        b"Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n"
+        b"1\tlo        :     2      V3\n\t\t\t\t030201EF     1 0:00000000\t\t0\n"
+        b"\t\t\t\t010000E0     1 0:00000000\t\t0\n"
+        b"2\teth0      :     1      V3\n\t\t\t\t010000E0     1 0:00000000\t\t0\n"
+    )
+    everybody = bytes([224, 0, 0, 1])
+    assert fdinfo.parse_igmp(text) == [(1, bytes([239, 1, 2, 3])), (1, everybody), (2, everybody)]
+    line = b"1    lo              ff020000000000000000000000000001     1 0000000C 0\n"
+    assert fdinfo.parse_igmp6(line) == [(1, bytes.fromhex("ff020000000000000000000000000001"))]
+
+
 def test_mounts():
     text = (
         b"22 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n"
