@@ -433,6 +433,10 @@ class Dumper:
             return "", ""
         parent = options.parent or self.last_image_id
         if not parent:
+            # a service that was started anew: the images of this very process are still in the store
+            known = self.identity
+            parent = self._worker.latest_of(options.store, known.pid, known.start_time, known.boot_id)
+        if not parent:
             return "", "no parent image of this process: this is the first generation, dumped in full"
         return parent, ""
 

@@ -85,6 +85,11 @@ class PageWorker:
         """Open the store, load the parent's index and touch the buffer.  Before the freeze."""
         self._ask("begin", store, parent, compress, expected_pages)
 
+    def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
+        """The id of the newest image of that very process; "" when there is none."""
+        found: str = self._ask("latest_of", store, pid, start_time, boot_id)
+        return found
+
     def copy(self, requests: list[CopyRequest]) -> None:
         """Read pages into the buffer; returns when all of them are out of the target.
 
@@ -152,16 +157,27 @@ class _Server:
 
     def begin(self, store: str, parent: str, compress: str, expected_pages: int) -> None:
         self.abort()
-        if self._store is None or self._store_path != store:
-            self._store, self._store_path, self._parent = Store.open(store), store, None
+        opened = self._open(store)
         if not parent:
             self._parent = None
         elif self._parent is None or self._parent.id != parent:
-            self._parent = self._store.load(parent)
-        self._builder = self._store.begin(
+            self._parent = opened.load(parent)
+        self._builder = opened.begin(
             parent=self._parent, threads=_THREADS, compress=compress or DEFAULT_COMPRESSION
         )
         self._reserve(expected_pages)
+
+    def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
+        wanted = (pid, start_time, boot_id)
+        for info in reversed(self._open(store).images()):
+            if (info.pid, info.start_time, info.boot_id) == wanted and not info.damaged:
+                return info.id
+        return ""
+
+    def _open(self, store: str) -> Store:
+        if self._store is None or self._store_path != store:
+            self._store, self._store_path, self._parent = Store.open(store), store, None
+        return self._store
 
     def copy(self, requests: list[CopyRequest]) -> None:
         total = sum(nr_pages_in(request.runs) for request in requests)

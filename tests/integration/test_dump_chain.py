@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chains of dumps of a real program, in process: what the tracker may and may not be trusted with."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from checkpointd import tracepoint
+from checkpointd.dump.dump import Dumper, DumpOptions
+from checkpointd.errors import Cancelled, FrozenTooLong
+from checkpointd.image.store import Store
+from checkpointd.memory import PAGE_SIZE, PRIVATE_OBJECT
+
+SOURCE = """
+import mmap, os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the kernel writes the CPU's number to rseq memory
+area = mmap.mmap(-1, 256 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for page in range(256):
+    area[page * 4096] = 1
+print("ready", flush=True)
+for line in sys.stdin:
+    for word in line.split():
+        page, value = word.split("=")
+        area[int(page) * 4096 + 7] = int(value)
+    print("done", flush=True)
+"""
+
+
+class Target:
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SOURCE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        assert self.process.stdout.readline() == "ready\n"
+        self.pid = self.process.pid
+
+    def write(self, **pages):
+        self.process.stdin.write(" ".join(f"{page[1:]}={value}" for page, value in pages.items()) + "\n")
+        assert self.process.stdout.readline() == "done\n"
+
+    def memory_differs_from(self, image):
+        """Page numbers whose content in the process is not that of the image.  The target waits in read(2)."""
+        pages = image.pages(PRIVATE_OBJECT)
+        held = image.read(PRIVATE_OBJECT, pages).reshape(-1, PAGE_SIZE)
+        wrong = []
+        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
+            for page, content in zip(pages.tolist(), held, strict=True):
+                live = os.pread(memory.fileno(), PAGE_SIZE, page * PAGE_SIZE)
+                if live != content.tobytes():
+                    wrong.append(page)
+        return wrong
+
+
+@pytest.fixture
+def target():
+    made = Target()
+    yield made
+    made.process.kill()
+    made.process.wait()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store.open(tmp_path / "store", create=True)
+
+
+@pytest.fixture
+def dumper(target):
+    made = Dumper(target.pid)
+    yield made
+    tracepoint.clear()
+    made.close()
+
+
+def options(tmp_path, **more):
+    return DumpOptions(store=str(tmp_path / "store"), **more)
+
+
+@pytest.mark.parametrize("backend", ["uffd-wp", "content"])
+@pytest.mark.parametrize("read_mode", ["stopped", "fork"])
+def test_each_generation_is_what_the_memory_was(target, dumper, store, tmp_path, backend, read_mode):
+    for step in range(4):
+        made = dumper.dump(
+            options(tmp_path, incremental=step > 0, backend=backend, read_mode=read_mode, compress="none")
+        )
+        assert made.backend == backend
+        assert made.read_mode == read_mode
+        assert target.memory_differs_from(store.load(made.image_id)) == []
+        if step:
+            assert made.pages_written < 200
+            assert made.pages_scanned == (
+                made.pages_skipped_parent + made.pages_same + made.pages_zero + made.pages_written
+            )
+        target.write(p3=step + 2, p200=step + 2)
+
+
+@pytest.mark.parametrize("point", ["dump.collected", "dump.copied", "dump.thawed", "dump.commit"])
+def test_failed_dump_loses_no_dirty_page(target, dumper, store, tmp_path, point):
+    dumper.dump(options(tmp_path))
+    target.write(p5=77)
+
+    def fail(name):
+        raise OSError(5, "staged failure", name)
+
+    tracepoint.register(point, fail)
+    with pytest.raises(OSError, match="staged failure"):
+        dumper.dump(options(tmp_path, incremental=True))
+    tracepoint.clear()
+    target.write(p9=78)
+    made = dumper.dump(options(tmp_path, incremental=True))
+    assert made.backend == "uffd-wp"
+    assert target.memory_differs_from(store.load(made.image_id)) == []
+    assert len(store.images()) == 2
+
+
+def test_parent_that_is_not_the_epochs_is_compared_by_content(target, dumper, store, tmp_path):
+    first = dumper.dump(options(tmp_path))
+    target.write(p5=1, p6=2)
+    dumper.dump(options(tmp_path, incremental=True))
+    made = dumper.dump(options(tmp_path, incremental=True, parent=first.image_id))
+    assert made.backend == "content"
+    assert "did not begin" in made.backend_reason
+    assert target.memory_differs_from(store.load(made.image_id)) == []
+
+
+def test_tracking_lost_with_its_agent_falls_back_to_content(target, store, tmp_path):
+    earlier = Dumper(target.pid)
+    first = earlier.dump(options(tmp_path))
+    earlier.close()
+    target.write(p11=9)
+    later = Dumper(target.pid)
+    made = later.dump(options(tmp_path, incremental=True))
+    later.close()
+    assert (made.parent_id, made.backend) == (first.image_id, "content")
+    assert target.memory_differs_from(store.load(made.image_id)) == []
+
+
+def test_cancelled_dump_lets_the_target_run(target, dumper, tmp_path, store):
+    dumper.cancelled = lambda: True
+    with pytest.raises(Cancelled):
+        dumper.dump(options(tmp_path))
+    target.write(p1=1)
+    assert store.images() == []
+
+
+def test_freeze_longer_than_allowed_is_refused(target, dumper, store, tmp_path):
+    with pytest.raises(FrozenTooLong):
+        dumper.dump(options(tmp_path, max_frozen_us=1))
+    target.write(p1=1)
