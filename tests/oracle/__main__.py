@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="first seed (default: from the clock)")
     parser.add_argument("--freezes", type=int, default=6)
     parser.add_argument("--ops", type=int, default=30, help="commands between two freezes, on average")
+    parser.add_argument("--without", default="", help="verbs to leave out, comma separated (ring,uffd)")
     parser.add_argument("--replay", type=Path, help="play this file instead")
     parser.add_argument("--plant", choices=sorted(MISTAKES), help="with --backend naive: make this mistake")
     parser.add_argument("--shrink-seconds", type=float, default=120)
@@ -66,8 +67,10 @@ def _campaign(args: argparse.Namespace, make_engine: EngineFactory) -> int:
     start = shown = time.monotonic()
     total, nr_histories, failures = Verdict(backends=Counter()), 0, 0
     print(f"first seed {seed}, backend {args.backend}", flush=True)
+    left_out = set(args.without.split(","))
     while time.monotonic() - start < args.seconds and nr_histories != (args.sequences or -1):
         lines = history.generate(seed, nr_freezes=args.freezes, ops_per_freeze=args.ops)
+        lines = [line for line in lines if line.split()[0] not in left_out]
         try:
             verdict = play(lines, make_engine)
         except Exception as error:

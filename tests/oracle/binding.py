@@ -6,17 +6,16 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from typing import Any
 
 import numpy as np
 
 from checkpointd import tracepoint
 from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.errors import Unsupported
-from checkpointd.image import Store
+from checkpointd.image.store import Store
 from checkpointd.memory import VmaKind
 from checkpointd.state import codec
-from checkpointd.state.process import ImageState
+from checkpointd.state.memory import AddressSpace
 from checkpointd.stats import DumpStats
 from tests.oracle.engine import U64, Generation, Pages, Refused
 
@@ -28,8 +27,7 @@ class _Image:
         self._image = Store.open(store_path).load(stats.image_id)
         self.backend = stats.backend
         self.stats = stats.to_dict()
-        state: ImageState = codec.decode(ImageState, json.loads(self._image.state))
-        space = state.address_space
+        space: AddressSpace = codec.decode(AddressSpace, json.loads(self._image.state)["address_space"])
         self.mappings = [
             (v.start, v.end, _prot(v.prot, v.shared), v.offset)
             for v in space.vmas
@@ -37,7 +35,7 @@ class _Image:
         ]
         self.objects = {
             (o.dev, o.inode, o.flavour == "sysv"): (o.id, (o.size_bytes + 4095) // 4096)
-            for o in _all_objects(state)
+            for o in space.objects
         }
         self.guards = np.array(
             [page for v in space.vmas for a, b in v.guards for page in range(a >> 12, b >> 12)],
@@ -49,10 +47,6 @@ class _Image:
 
     def read(self, obj: int, pages: U64) -> Pages:
         return self._image.read(obj, pages)
-
-
-def _all_objects(state: ImageState) -> list[Any]:
-    return list(state.address_space.objects)
 
 
 def _prot(bits: int, shared: bool) -> str:

@@ -87,15 +87,18 @@ def play(lines: list[str], make_engine: EngineFactory) -> Verdict:
 def _freeze(
     target: OracleTarget, engine: Engine, incremental: bool, verdict: Verdict
 ) -> tuple[truth.Truth, truth.Truth, Generation]:
+    target.settle()
     before = truth.take(target.pid)
     state = target.state()
 
     def dump() -> Generation:
         nonlocal before
+        target.settle()
         before = truth.take(target.pid)
         return engine.dump(target.pid, incremental=incremental)
 
     image = _refusing(target, verdict, dump)
+    target.settle()
     after = truth.take(target.pid)
     target.tell("ping")
     if target.state() not in RUNNING_STATES:

@@ -13,11 +13,12 @@ import select
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "programs" / "oracle_target.c"
 NR_RELATIVES = 3
-ANSWER_SECONDS = 60
+ANSWER_SECONDS = 20
 
 _built: dict[str, Path] = {}
 
@@ -111,6 +112,23 @@ class OracleTarget:
                 self.relatives[k] = pid
             return pid
         return self.tell(command, to=to)
+
+    def settle(self) -> None:
+        """Wait until the target is blocked in read(2) again: the answer arrives a moment before that.
+
+        Raises:
+            TargetDied: it does not come to rest.
+        """
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                # of the leader alone: io_uring's worker threads live among the tasks too
+                if Path(f"/proc/{self.pid}/syscall").read_text().startswith("0 "):
+                    return
+            except OSError:
+                break
+            time.sleep(0.0002)
+        raise TargetDied(f"the target does not come to rest ({self.state()})")
 
     def state(self, to: int = 0) -> str:
         """The state letter of /proc/PID/stat, with its meaning left to the reader; "gone" without one."""

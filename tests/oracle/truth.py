@@ -71,8 +71,8 @@ class Truth:
     Attributes:
         mappings: lines of maps, all of them.
         private: pages of the address space itself, by address.
-        shared: key -> (size in pages, contents by offset) of each shared memory object that is mapped shared
-            or held open.
+        shared: key -> (size in pages, contents by offset) of each shared memory object that is mapped shared,
+            and of each memfd held open.
         guards: pages of guard regions.
         frames: private page -> page frame number, to see whether somebody un-shared or moved pages.
     """
@@ -155,7 +155,8 @@ def take(pid: int) -> Truth:
             frames.update(zip(pages[-1].tolist(), (words[at[~is_zero_page]] & _PFN).tolist(), strict=True))
         for name in os.listdir(f"/proc/{pid}/fd"):
             target = os.readlink(f"/proc/{pid}/fd/{name}")
-            if target.startswith("/memfd:") or "/tmpfs/" in target or target.startswith("/dev/shm/"):
+            # a file on a tmpfs which still has its name is a file like others, unless it is mapped shared
+            if target.startswith("/memfd:"):
                 _add_object(f"/proc/{pid}/fd/{name}", shared)
     finally:
         os.close(mem)

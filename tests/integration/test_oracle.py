@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every generation, flattened, is what a naive reader saw at its freeze: for each backend and way of reading.
+
+More of the same for hours: ``python -m tests.oracle --seconds 3600 --backend uffd-wp``.  The seeds are fixed
+here, so that a failure is the same for everybody; the finding names seed and line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests import abilities
+from tests.oracle import history, truth
+from tests.oracle.binding import CheckpointdEngine
+from tests.oracle.campaign import play
+from tests.oracle.judge import judge
+from tests.oracle.target import OracleTarget
+
+tracepoint = pytest.importorskip("checkpointd.tracepoint")
+
+pytestmark = pytest.mark.needs("root", "ptrace", "gcc", "pagemap_scan")
+
+BACKENDS = ["uffd-wp", "content"]
+NEEDED = {"uffd-wp": "uffd_wp", "soft-dirty": "soft_dirty", "precise-soft-dirty": "precise"}
+HISTORIES_PER_TEST = 8
+
+
+def _engine(backend: str, read_mode: str = "auto") -> CheckpointdEngine:
+    if backend in NEEDED:
+        abilities.require(NEEDED[backend])
+    return CheckpointdEngine(backend, read_mode)
+
+
+def _play_seeds(seeds: range, backend: str, read_mode: str) -> None:
+    nr_generations = 0
+    for seed in seeds:
+        verdict = play(history.generate(seed), lambda: _engine(backend, read_mode))
+        assert not verdict.findings, "\n".join([f"seed {seed}, line {verdict.at}:", *verdict.findings])
+        assert set(verdict.backends) == {backend}, verdict.backends
+        nr_generations += verdict.nr_generations
+    assert nr_generations >= 6 * len(seeds)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("part", range(4))
+def test_every_generation_is_true(backend: str, part: int) -> None:
+    first = 1000 + part * HISTORIES_PER_TEST
+    _play_seeds(range(first, first + HISTORIES_PER_TEST), backend, "stopped")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_generation_read_from_a_forked_copy_is_true(backend: str) -> None:
+    _play_seeds(range(2000, 2000 + HISTORIES_PER_TEST), backend, "fork")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read_mode", ["stopped", "fork"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("part", range(10))
+def test_many_more_generations_are_true(backend: str, read_mode: str, part: int) -> None:
+    _play_seeds(range(10_000 + 20 * part, 10_020 + 20 * part), backend, read_mode)
+
+
+@pytest.fixture
+def target() -> Iterator[OracleTarget]:
+    with OracleTarget() as made:
+        for line in (
+            "map 0 anon 0 60",
+            "write 0 fill 0 60 100",
+            "map 1 shared 0 20",
+            "write 1 fill 0 20 500",
+            "file 0 memfd 0 30",
+            "map 2 file 0 30",
+            "write 2 fill 0 15 900",
+            "map 3 private-file 0 10",
+            "write 3 byte 0 5 77",
+        ):
+            assert made.play(line) >= 0, line
+        yield made
+
+
+def _freeze(target: OracleTarget, engine: CheckpointdEngine, *, incremental: bool) -> None:
+    target.settle()
+    before = truth.take(target.pid)
+    image = engine.dump(target.pid, incremental=incremental)
+    target.settle()
+    assert judge(before, truth.take(target.pid), image) == []
+
+
+POINTS = ("dump.freeze", "dump.collect", "dump.collected", "dump.copied", "dump.thawed", "dump.commit")
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shared_write_of_a_relative_during_the_dump_is_in_the_next_generation(
+    target: OracleTarget, backend: str, point: str
+) -> None:
+    """A relative is not frozen: it writes shared memory between any two steps of the dump."""
+    engine = _engine(backend)
+    assert target.play("relate 0") > 0
+    try:
+        _freeze(target, engine, incremental=False)
+        tracepoint.register(point, lambda name: target.play("@1 write 1 fill 3 4 7000"))
+        tracepoint.register(point, lambda name: target.play("@1 change 0 write 5 9 8000"))
+        try:
+            engine.dump(target.pid, incremental=True)
+        finally:
+            tracepoint.clear()
+        _freeze(target, engine, incremental=True)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("point", ["dump.thawed", "dump.commit"])
+@pytest.mark.parametrize("read_mode", ["stopped", "fork"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_write_right_after_the_thaw_is_in_the_next_generation_alone(
+    target: OracleTarget, backend: str, read_mode: str, point: str
+) -> None:
+    engine = _engine(backend, read_mode)
+    try:
+        _freeze(target, engine, incremental=False)
+        target.play("write 0 fill 10 5 3000")
+        target.settle()
+        before = truth.take(target.pid)
+        tracepoint.register(point, lambda name: target.play("write 0 fill 12 9 4000"))
+        try:
+            image = engine.dump(target.pid, incremental=True)
+        finally:
+            tracepoint.clear()
+        assert judge(before, before, image) == []
+        _freeze(target, engine, incremental=True)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_failed_dump_loses_no_dirty_page(target: OracleTarget, backend: str) -> None:
+    engine = _engine(backend)
+    try:
+        _freeze(target, engine, incremental=False)
+        for value in (3000, 4000, 5000):
+            target.play(f"write 0 stride {value // 100} 25 {value}")
+            assert engine.fail(target.pid)
+        _freeze(target, engine, incremental=True)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_new_program_between_two_dumps_is_not_mistaken_for_the_old(
+    target: OracleTarget, backend: str
+) -> None:
+    engine = _engine(backend)
+    try:
+        _freeze(target, engine, incremental=False)
+        assert target.play("exec 0") == 0
+        target.play("map 0 anon 0 30")
+        target.play("write 0 fill 0 30 60")
+        _freeze(target, engine, incremental=True)
+        target.play("write 0 fill 4 3 90")
+        _freeze(target, engine, incremental=True)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("read_mode", ["stopped", "fork"])
+def test_reading_does_not_unshare_pages_of_relatives(target: OracleTarget, read_mode: str) -> None:
+    """The frames a relative shares with the target are the same ones afterwards."""
+    engine = _engine("content", read_mode)
+    relative = target.play("relate 0")
+    try:
+        start = target.tell("where 0") // truth.PAGE
+        pages = range(start, start + 60)
+
+        def nr_shared() -> int:
+            ours, theirs = truth.take(target.pid).frames, truth.take(relative).frames
+            return sum(ours[page] == theirs[page] for page in pages)
+
+        assert nr_shared() == 60
+        engine.dump(target.pid, incremental=False)
+        assert nr_shared() == 60
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unchanged_memory_costs_nothing_in_the_next_generation(target: OracleTarget, backend: str) -> None:
+    """Not only true but small: what the target did not touch is not stored again."""
+    engine = _engine(backend)
+    try:
+        engine.dump(target.pid, incremental=False)
+        target.play("write 0 fill 10 5 3000")
+        image = engine.dump(target.pid, incremental=True)
+        # five pages of the range, and the few a program touches by running (stack, buffers, libc's data)
+        assert image.stats["pages_written"] <= 5 + 8
+        if backend == "uffd-wp":
+            assert image.stats["pages_skipped_parent"] >= 50
+    finally:
+        engine.close()
