@@ -100,6 +100,7 @@ def _fill(maker: Maker, index: int, fd: int, content: bytes | None, size_bytes: 
     pieces: Iterable[bytes] = (content,) if content is not None else maker.context.content(index)
     os.ftruncate(fd, size_bytes)
     covered = write_all(fd, pieces)
+    os.ftruncate(fd, size_bytes)  # the last of an image's pages reaches beyond the end
     if size_bytes and covered < size_bytes:
         raise RestoreConflict(
             f"{maker.name(index)}: the image holds {covered} of {size_bytes} bytes of a file without a name"

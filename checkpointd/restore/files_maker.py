@@ -30,7 +30,8 @@ class FilesContext:
 
     Attributes:
         object_fds: our descriptor (read and write) of each shared memory object of the image, by id.
-        content: pieces, in order, of the content that the image keeps as pages for description `index`.
+        content: pieces, in order, of the content that the image keeps as pages for description `index`;
+            it may go beyond the end of the file, and is to have zeros for holes.
         same_boot: inode numbers of pipes and sockets and the monotonic clock still mean what they meant.
     """
 
