@@ -5,7 +5,11 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow check lint format types imports drift proto clean
+.PHONY: help setup demo test test-slow check lint format types imports drift proto man bench soak kernel vm check-vm clean
+
+KERNEL ?= 6.12-precise
+CMD    ?= uname -r
+VMTEST  = PYTHONPATH=kernel-shim $(PY) -m vmtest
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -15,6 +19,9 @@ setup: $(STAMP) ## make .venv and install what tests and demo need
 $(STAMP): pyproject.toml tools/setup
 	@tools/setup
 	@touch $@
+
+demo: $(STAMP) ## dump, change, dump incrementally, kill and restore a real redis
+	$(PY) -m demo $(ARGS)
 
 test: $(STAMP) ## the everyday tests (a few minutes)
 	$(PY) -m pytest -m "not slow" $(ARGS)
@@ -44,6 +51,25 @@ proto: $(STAMP) ## regenerate checkpointd/api from proto/
 
 drift: $(STAMP) ## does the committed generated code match proto/?
 	$(PY) tools/proto_drift.py
+
+man: $(STAMP) ## build the man pages into build/man
+	@mkdir -p build/man
+	@for page in cli/man/*.rst; do \
+	    name=$$(basename $$page .rst); \
+	    $(PY) -m docutils --writer=manpage $$page build/man/$$name && echo build/man/$$name; \
+	done
+
+bench: $(STAMP) ## measure against physical limits and peers (long)
+	$(PY) -m benchmarks $(ARGS)
+
+soak: $(STAMP) ## kill agents 10,000 times at random instants (long)
+	$(PY) -m tests.soak.run --kills 10000 $(ARGS)
+
+kernel: $(STAMP) ## build the stock and the patched kernels (cached; 5 minutes each)
+	@for name in 6.12-stock 6.12-precise 6.1-stock 6.1-precise; do $(VMTEST) build $$name || exit 1; done
+
+vm: $(STAMP) ## run CMD in a kernel of ours: make vm KERNEL=6.12-precise CMD="uname -r"
+	$(VMTEST) run $(KERNEL) -- $(CMD)
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

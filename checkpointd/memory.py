@@ -161,13 +161,13 @@ def _covered(points: PageNumbers, runs: Runs) -> npt.NDArray[np.bool_]:
 def _select(a: Runs, b: Runs, keep_in_b: bool) -> Runs:
     """The pages of `a` that are (or are not) in `b`."""
     if len(a) == 0 or len(b) == 0:
-        return NO_RUNS if keep_in_b or len(a) == 0 else a
+        return a[:0] if keep_in_b else a
     # runs of `a` that no edge of `b` cuts are kept or dropped whole; only the others are split
     starts, ends = a[:, 0], a[:, 0] + a[:, 1]
     edges = np.unique(np.concatenate((b[:, 0], b[:, 0] + b[:, 1])))
     cut = np.searchsorted(edges, ends, side="left") > np.searchsorted(edges, starts, side="right")
     whole = a[~cut]
-    kept = whole[_covered(whole[:, 0], b) == keep_in_b]
+    kept: Runs = whole[_covered(whole[:, 0], b) == keep_in_b]
     if not cut.any():
         return kept
     parts = a[cut]

@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -39,10 +40,17 @@ class Target:
         )
         assert self.process.stdout.readline() == "ready\n"
         self.pid = self.process.pid
+        self.settle()
+
+    def settle(self):
+        """Wait until it is blocked in read(0): from then on its memory stands still."""
+        while not open(f"/proc/{self.pid}/syscall").read().startswith("0 0x0 "):
+            time.sleep(0.001)
 
     def write(self, **pages):
         self.process.stdin.write(" ".join(f"{page[1:]}={value}" for page, value in pages.items()) + "\n")
         assert self.process.stdout.readline() == "done\n"
+        self.settle()
 
     def memory_differs_from(self, image):
         """Page numbers whose content in the process is not that of the image.  The target waits in read(2)."""

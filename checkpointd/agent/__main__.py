@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent: one process per target.  It traces, tracks, dumps and restores that one target.
+
+Everything that touches the target runs on the main thread (ptrace is bound to a thread).  A reader thread takes
+requests off the socket: `cancel` and `status` are answered at once, the rest wait for the main thread.  A watcher
+thread tells when the target exits.  End of file from the service means: cancel, give the target back, exit.
+
+See `checkpointd/agent/protocol.py` for the messages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from checkpointd.agent import check
+from checkpointd.agent.protocol import (
+    AgentStatus,
+    Channel,
+    CheckArgs,
+    DumpArgs,
+    ProtocolError,
+    RestoreArgs,
+    TrackArgs,
+    TrackResult,
+    hello,
+)
+from checkpointd.dump.dump import Dumper, DumpOptions
+from checkpointd.errors import CheckpointError, TargetGone
+from checkpointd.linux import pidfd
+
+_PROGRESS_INTERVAL_S = 0.1
+
+
+class Agent:
+    """State of this process; see the module's text."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._requests: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._dumper: Dumper | None = None
+        self._current: tuple[int, str] = (0, "")  # request id, op
+        self._cancelled: set[int] = set()
+        self._leaving = False
+
+    def run(self) -> None:
+        """Serve until the service is gone or the target is."""
+        with contextlib.suppress(OSError):
+            self._channel.send(hello(os.getpid()))
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        try:
+            while (request := self._requests.get()) is not None:
+                self._serve(request)
+        finally:
+            if self._dumper is not None:
+                self._dumper.close()
+
+    # -- the reader thread
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message = self._channel.recv()
+            except ProtocolError:
+                message = None
+            if message is None or message.get("op") == "shutdown":
+                self._leaving = True
+                self._requests.put(None)
+                return
+            op, number = message.get("op"), int(message.get("id", 0))
+            if op == "cancel":
+                self._cancelled.add(int(message.get("args", {}).get("request", 0)))
+                self._send({"id": number, "event": "result", "value": {}})
+            elif op == "status":
+                self._send({"id": number, "event": "result", "value": self._status().to_dict()})
+            else:
+                self._requests.put(message)
+
+    def _status(self) -> AgentStatus:
+        dumper = self._dumper
+        if dumper is None:
+            return AgentStatus(busy=self._current[1])
+        return AgentStatus(dumper.pid, dumper.choice.backend, dumper.last_image_id, self._current[1])
+
+    # -- the main thread
+
+    def _serve(self, request: Mapping[str, Any]) -> None:
+        number, op = int(request.get("id", 0)), str(request.get("op", ""))
+        self._current = (number, op)
+        try:
+            value = self._operate(number, op, request.get("args", {}))
+            self._send({"id": number, "event": "result", "value": value})
+        except CheckpointError as error:
+            self._send({"id": number, "event": "error", "error": error.to_dict()})
+        except ProtocolError as error:
+            self._send({"id": number, "event": "error", "error": CheckpointError(str(error)).to_dict()})
+        except Exception as error:
+            traceback.print_exc()
+            failure = CheckpointError(
+                f"{op} failed unexpectedly: {type(error).__name__}: {error}",
+                hint="the target runs on; please report this with the service's log",
+            )
+            self._send({"id": number, "event": "error", "error": failure.to_dict()})
+        finally:
+            self._current = (0, "")
+            self._cancelled.discard(number)
+
+    def _operate(self, number: int, op: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        if op == "check":
+            return check.check(CheckArgs.from_dict(args).pid).to_dict()
+        if op == "track":
+            return self._track(TrackArgs.from_dict(args))
+        if op == "untrack":
+            if self._dumper is not None:
+                self._dumper.untrack()
+            return {}
+        if op == "dump":
+            return self._dump(number, DumpArgs.from_dict(args))
+        if op == "restore":
+            return self._restore(number, RestoreArgs.from_dict(args))
+        raise ProtocolError(f"no operation named {op!r}")
+
+    def _target(self, pid: int) -> Dumper:
+        if self._dumper is not None and self._dumper.pid != pid:
+            raise ProtocolError(f"this agent belongs to process {self._dumper.pid}, not {pid}")
+        if self._dumper is None:
+            check.refuse_impossible(pid)
+            self._adopt(Dumper(pid))
+        assert self._dumper is not None
+        return self._dumper
+
+    def _adopt(self, dumper: Dumper) -> None:
+        self._dumper = dumper
+        threading.Thread(target=self._watch, args=(dumper.pid,), name="watcher", daemon=True).start()
+
+    def _watch(self, pid: int) -> None:
+        try:
+            fd = pidfd.pidfd_open(pid)
+        except OSError:
+            pass
+        else:
+            while not pidfd.has_exited(fd, timeout_s=3600.0):
+                pass
+            os.close(fd)
+        # let an operation under way report its own error first
+        while self._current[0] and not self._leaving:
+            time.sleep(0.01)
+        self._send({"id": 0, "event": "target-exited", "pid": pid})
+        self._requests.put(None)
+
+    def _track(self, args: TrackArgs) -> dict[str, Any]:
+        choice = self._target(args.pid).track(args.backend)
+        return TrackResult(args.pid, choice.backend, choice.reason).to_dict()
+
+    def _dump(self, number: int, args: DumpArgs) -> dict[str, Any]:
+        files = check.files_options(args.tcp, args.external)
+        check.refuse_blockers(args.pid, files)
+        dumper = self._target(args.pid)
+        dumper.cancelled = lambda: self._leaving or number in self._cancelled
+        deadline_ns = 0
+        if args.deadline_s is not None:
+            deadline_ns = time.monotonic_ns() + int(args.deadline_s * 1e9)
+        options = DumpOptions(
+            store=args.store,
+            incremental=args.incremental,
+            backend=args.backend,
+            kill=args.kill,
+            max_frozen_us=args.max_frozen_us,
+            compress=args.compress,
+            tag=args.tag,
+            parent=args.parent,
+            read_mode=args.read_mode,
+            files=files,
+            deadline_ns=deadline_ns,
+        )
+        return dumper.dump(options, self._reporter(number)).to_dict()
+
+    def _restore(self, number: int, args: RestoreArgs) -> dict[str, Any]:
+        from checkpointd.agent.restoring import restore  # noqa: PLC0415 - only agents that restore need it
+
+        if self._dumper is not None:
+            raise TargetGone("this agent already has a target")
+        stats, dumper = restore(args, self._reporter(number))
+        if dumper is not None:
+            self._adopt(dumper)
+        found: dict[str, Any] = stats.to_dict()
+        return found
+
+    def _reporter(self, number: int) -> Any:
+        last = [0.0]
+
+        def report(phase: str, done: int, total: int) -> None:
+            if not total:
+                self._send({"id": number, "event": "phase", "phase": phase})
+            elif done == total or time.monotonic() - last[0] > _PROGRESS_INTERVAL_S:
+                last[0] = time.monotonic()
+                self._send({"id": number, "event": "progress", "done": done, "total": total, "unit": "bytes"})
+
+        return report
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.send(message)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="checkpointd-agent", description="one target's agent; started by checkpointd"
+    )
+    parser.add_argument("--fd", type=int, required=True, help="connected stream socket to the service")
+    fd = parser.parse_args().fd
+    # Ctrl-C in the user's terminal is the service's to handle: it cancels in order
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Agent(Channel(socket.socket(fileno=fd))).run()
+
+
+if __name__ == "__main__":
+    main()

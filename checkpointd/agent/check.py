@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this kernel, this user and this target allow: all blockers at once, before anything is frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Sequence
+
+from checkpointd import features
+from checkpointd.agent.protocol import CheckItem, CheckResult
+from checkpointd.errors import (
+    Busy,
+    CheckpointError,
+    KernelLacks,
+    NotPermitted,
+    TargetGone,
+    Unsupported,
+    UsageError,
+)
+from checkpointd.memory import VmaKind
+from checkpointd.procfs import maps, process
+from checkpointd.state.files import FilesOptions
+from checkpointd.target.files import file_blockers
+from checkpointd.target.process import process_blockers, vma_blockers
+from checkpointd.tracking.select import select_backend
+
+
+def files_options(tcp: str, external: Sequence[str], tty: str = "") -> FilesOptions:
+    """The user's words as options.
+
+    Raises:
+        UsageError: a word that means nothing here.
+    """
+    how = external[-1] if external else "keep"
+    if tcp not in ("", "refuse", "close"):
+        raise UsageError(f"--tcp takes refuse or close, not {tcp!r}")
+    if how not in ("refuse", "keep", "null"):
+        raise UsageError(f"--external takes refuse, keep or null, not {how!r}")
+    if tty not in ("", "keep", "null"):
+        raise UsageError(f"--tty takes keep or null, not {tty!r}")
+    return FilesOptions(
+        tcp="close" if tcp == "close" else "refuse",
+        external="refuse" if how == "refuse" else "null" if how == "null" else "keep",
+        tty="null" if tty == "null" else "keep",
+    )
+
+
+def refuse_impossible(pid: int) -> None:
+    """What can never be traced.
+
+    Raises:
+        UsageError: our own process.
+        TargetGone: no such process, or a zombie.
+        NotPermitted: another user's process, and no right to it.
+        Busy: a debugger has it.
+        Unsupported: a kernel thread or a 32-bit process.
+    """
+    if pid <= 0:
+        raise UsageError(f"{pid} is not a process id", hint="give the pid of one running process")
+    if pid in (os.getpid(), os.getppid()):
+        raise UsageError(f"process {pid} is checkpointd itself", hint="choose another process", pid=pid)
+    try:
+        stat, status = process.read_stat(pid), process.read_status(pid)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise TargetGone(f"no process with pid {pid}", hint="look it up with `ps`", pid=pid) from error
+    if "Tgid" in status and int(status["Tgid"]) != pid:
+        raise UsageError(
+            f"{pid} is a thread of process {status['Tgid']}", hint=f"use -p {status['Tgid']}", pid=pid
+        )
+    if stat.flags & process.PF_KTHREAD:
+        raise Unsupported(
+            f"process {pid} ({stat.comm}) is a kernel thread: it has no memory to save", pid=pid
+        )
+    if stat.state in "ZX":
+        raise TargetGone(f"process {pid} ({stat.comm}) has exited and waits for its parent", pid=pid)
+    tracer = int(status.get("TracerPid", "0"))
+    if tracer:
+        name = "?"
+        with contextlib.suppress(OSError):
+            name = process.comm(tracer)
+        raise Busy(
+            f"process {pid} is traced by process {tracer} ({name})", hint="detach the debugger first", pid=pid
+        )
+    try:
+        with open(f"/proc/{pid}/mem", "rb"):
+            pass
+        elf_class = _elf_class(pid)
+    except PermissionError as error:
+        raise NotPermitted(
+            f"process {pid} belongs to uid {status['Uid'].split()[0]} and this user may not trace it",
+            hint="run as that user or as root; see also kernel.yama.ptrace_scope",
+            pid=pid,
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESRCH):
+            raise TargetGone(f"process {pid} is exiting", pid=pid) from error
+        raise
+    if elf_class == 1:
+        raise Unsupported(
+            f"process {pid} ({stat.comm}) runs a 32-bit program, which is not supported", pid=pid
+        )
+
+
+def _elf_class(pid: int) -> int:
+    with open(f"/proc/{pid}/exe", "rb") as file:
+        head = file.read(5)
+    return head[4] if head[:4] == b"\x7fELF" else 0
+
+
+def blockers(pid: int, options: FilesOptions) -> list[str]:
+    """Every reason why this target's state cannot be saved, one sentence each."""
+    found = list(process_blockers(pid)) + list(file_blockers(pid, options))
+    vmas = maps.read_smaps(pid)
+    found += vma_blockers(vmas)
+    found += [
+        f"mapping {vma} shares a deleted file, which cannot be mapped again"
+        for vma in vmas
+        if vma.kind is VmaKind.FILE_SHARED and vma.deleted
+    ]
+    return found
+
+
+def refuse_blockers(pid: int, options: FilesOptions) -> None:
+    """Raises Unsupported with all of `blockers` at once, and what `refuse_impossible` raises."""
+    refuse_impossible(pid)
+    found = blockers(pid, options)
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise Unsupported(
+            f"process {pid} cannot be saved: {found[0]}{more}",
+            hint="`checkpoint check -p PID` lists every reason and what to do",
+            pid=pid,
+            blockers=found,
+        )
+
+
+def check(pid: int | None) -> CheckResult:
+    """The kernel's and the user's abilities, and with a pid the target's."""
+    items = list(_kernel_items())
+    backend = reason = ""
+    try:
+        choice = select_backend("auto", features.probe())
+        backend, reason = choice.backend, choice.reason
+    except KernelLacks as error:
+        reason = error.message
+    if pid is not None:
+        items += _target_items(pid)
+    return CheckResult([item.to_dict() for item in items], backend, reason)
+
+
+def _kernel_items() -> Iterator[CheckItem]:
+    found = features.probe()
+    notes = "; ".join(found.notes)
+    yield CheckItem(
+        "PAGEMAP_SCAN",
+        "required",
+        found.pagemap_scan,
+        "lists which pages hold data" if found.pagemap_scan else f"missing: {notes}",
+        "" if found.pagemap_scan else "Linux 6.7 or newer is needed for dumps",
+    )
+    yield CheckItem(
+        "userfaultfd write-protect",
+        "optional",
+        found.uffd_wp_async,
+        "exact dirty tracking" if found.uffd_wp_async else f"missing: {notes}",
+        "" if found.uffd_wp_async else "incremental dumps compare content instead (slower to read, as small)",
+    )
+    yield CheckItem(
+        "soft-dirty",
+        "optional",
+        found.soft_dirty,
+        "dirty bit of pagemap works"
+        if found.soft_dirty
+        else "this kernel was built without CONFIG_MEM_SOFT_DIRTY",
+    )
+    for name, number, why in (
+        ("CAP_SYS_PTRACE", 19, "tracing processes of other users"),
+        ("CAP_CHECKPOINT_RESTORE", 40, "restoring with the same pid, shared memory of others"),
+        ("CAP_SYS_ADMIN", 21, "telling swap from markers, seccomp details"),
+        ("CAP_SYS_RESOURCE", 24, "raising hard limits at restore"),
+    ):
+        have = _has_capability(number)
+        yield CheckItem(name, "optional", have, why, "" if have else f"run as root, or grant {name.lower()}")
+
+
+def _has_capability(number: int) -> bool:
+    return bool(int(process.read_status(os.getpid())["CapEff"], 16) >> number & 1)
+
+
+def _target_items(pid: int) -> Iterator[CheckItem]:
+    try:
+        refuse_impossible(pid)
+    except CheckpointError as error:
+        yield CheckItem(f"process {pid}", "target", False, error.message, error.hint)
+        return
+    found = blockers(pid, FilesOptions())
+    for sentence in found:
+        yield CheckItem(f"process {pid}", "target", False, sentence)
+    if not found:
+        yield CheckItem(f"process {pid}", "target", True, "can be dumped and restored")
