@@ -68,7 +68,7 @@ def restore_files(remote: Remote, state: FilesState, context: FilesContext) -> l
         _lock_and_own(remote, maker)
     finally:
         maker.close()
-    return maker.warnings
+    return maker.all_warnings()
 
 
 def after_credentials(state: FilesState) -> list[Call]:

@@ -20,6 +20,7 @@ from checkpointd.state.files import ClosedSocket, FilesOptions, FilesState, Pipe
 
 # flags an open(2) must not repeat: they made the file, or need a descriptor in the target
 _NOT_AGAIN = os.O_CREAT | os.O_EXCL | os.O_TRUNC | fdcalls.FASYNC
+_TOLD_ONE_BY_ONE = 3
 _TMPFILE_BIT = 0o20000000  # __O_TMPFILE: O_TMPFILE without the O_DIRECTORY in it
 _SETTABLE = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
 
@@ -50,6 +51,7 @@ class Maker:
         local: our descriptor of each description made so far.
         content_base: descriptor of the file that holds the content of description `index`.
         bases: descriptors that keep something alive until all is made (unlinked files, pipe ends).
+        closed: descriptions that came back as connections closed by their peer, and who that was.
         current: the description at work, for messages.
         deferred: what must wait until all is open (modes, owners, seals).
     """
@@ -62,6 +64,7 @@ class Maker:
     content_base: dict[int, int] = field(default_factory=dict)
     deferred: list[Callable[[], None]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    closed: list[tuple[int, str]] = field(default_factory=list)
     current: int = 0
     _holders: dict[str, Holder] | None = None
     _numbers: dict[int, list[state_of.Descriptor]] | None = None
@@ -86,6 +89,17 @@ class Maker:
     def path(self, path: str) -> str:
         """A path of the image as we reach it."""
         return rooted(self.options.root, own_proc_path(path, self.state.pid, self.pid))
+
+    def all_warnings(self) -> list[str]:
+        """The warnings, with many closed connections told as one."""
+        some = self.closed if len(self.closed) <= _TOLD_ONE_BY_ONE else self.closed[:1]
+        told = [
+            f"{self.name(index)}: the connection {f'with {peer} ' if peer else ''}comes back closed"
+            for index, peer in some
+        ]
+        if len(some) < len(self.closed):
+            told[0] += f", and so do {len(self.closed) - 1} more connections"
+        return self.warnings + told
 
     def keep(self, fd: int) -> int:
         self.bases.append(fd)

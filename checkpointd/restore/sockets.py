@@ -164,9 +164,7 @@ def closed(maker: Maker, index: int, one: ClosedSocket) -> int:
         ours, peer = _tcp_pair(one.family)
     with ours, peer:
         _tell(maker, index, set_options(ours, one.options))
-        maker.warnings.append(
-            f"{maker.name(index)}: the connection {f'with {one.peer} ' if one.peer else ''}comes back closed"
-        )
+        maker.closed.append((index, one.peer))
         return _finish(ours, one)
 
 

@@ -37,6 +37,7 @@ from checkpointd.state.files import (
 from checkpointd.target import files_events, files_regular, pipes, sockets
 from checkpointd.target.files_session import (
     CannotSaveError,
+    ConnectionOpenError,
     ExtraContent,
     ObjectIds,
     OpenFd,
@@ -137,7 +138,7 @@ def _prepare(pid: int, options: FilesOptions) -> FilesDraft:
         _describe(session)
         draft.inotify_paths = session.inotify_paths
         draft.closed_sockets = session.closed_sockets
-        draft.blockers = session.problems
+        draft.blockers = session.all_problems()
     return draft
 
 
@@ -197,14 +198,14 @@ def capture_files(
                 raise
     except OSError as error:
         raise _meaning(pid, error) from error
-    if session.problems:
+    if problems := session.all_problems():
         _close_all(session.extra)
         raise Unsupported(
-            f"process {pid} has open files that cannot be saved: {session.problems[0]}"
-            + (f" (and {len(session.problems) - 1} more)" if len(session.problems) > 1 else ""),
+            f"process {pid} has open files that cannot be saved: {problems[0]}"
+            + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
             hint="`checkpoint check` lists all of them.",
             pid=pid,
-            blockers=list(session.problems),
+            blockers=problems,
         )
     return CapturedFiles(
         FilesState(state.descriptions, state.descriptors, state.pipes, draft.boot_id, pid),
@@ -263,6 +264,8 @@ def _describe(session: Session) -> FilesState:
         try:
             description = _classify(session, group, index, found)
             descriptions.append(_with_locks_and_owner(session, group, description))
+        except ConnectionOpenError as problem:
+            session.connections.append((group[0].fd, str(problem)))
         except CannotSaveError as problem:
             session.problems.append(str(problem))
         except (KeyError, ValueError) as error:

@@ -24,12 +24,18 @@ from checkpointd.state.files import ClosedSocket, FilesOptions
 SMALL_CONTENT_BYTES = 1 << 20
 """Content up to here is kept with the image's state, more of it as pages."""
 
+_TOLD_ONE_BY_ONE = 3
+
 ObjectIds = Mapping[tuple[tuple[int, int], int], int]
 """((major, minor), inode) to the id of a shared object of the image."""
 
 
 class CannotSaveError(Exception):
     """One sentence: which fd, what it is, what to do."""
+
+
+class ConnectionOpenError(CannotSaveError):
+    """A TCP connection that the user did not allow to be closed; a server may have thousands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,7 @@ class Session:
 
     Attributes:
         final: the target is frozen and the content is wanted; else only blockers are looked for.
+        connections: fd and sentence of each TCP connection that forbids the dump.
         inotify_paths: (kernel device, inode) to path, found before the freeze.
         closed_sockets: by inode, connections that will come back closed; so they stay whatever happens to them.
     """
@@ -91,6 +98,7 @@ class Session:
     objects: ObjectIds = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    connections: list[tuple[int, str]] = field(default_factory=list)
     extra: list[ExtraContent] = field(default_factory=list)
     inotify_paths: dict[tuple[int, int], str] = field(default_factory=dict)
     mounts: dict[int, fdinfo.Mount] = field(default_factory=dict)
@@ -106,6 +114,18 @@ class Session:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+    def all_problems(self) -> list[str]:
+        """Every reason, with many connections told as one."""
+        fds = [fd for fd, _ in self.connections]
+        if len(fds) <= _TOLD_ONE_BY_ONE:
+            return self.problems + [sentence for _, sentence in self.connections]
+        shown = ", ".join(map(str, fds[:_TOLD_ONE_BY_ONE]))
+        return [
+            *self.problems,
+            f"fd {shown} and {len(fds) - _TOLD_ONE_BY_ONE} more are TCP connections; they cannot be kept: "
+            "allow them to come back closed with --tcp close",
+        ]
 
     @contextlib.contextmanager
     def borrow(self, fd: int) -> Iterator[int]:

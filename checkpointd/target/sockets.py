@@ -21,7 +21,7 @@ from checkpointd.state.files import (
     SocketOption,
     UnixSocket,
 )
-from checkpointd.target.files_session import CannotSaveError, OpenFd, Session
+from checkpointd.target.files_session import CannotSaveError, ConnectionOpenError, OpenFd, Session
 from checkpointd.target.socket_options import changed_options
 
 _FAMILY_NAMES = {
@@ -98,7 +98,7 @@ def _tcp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket | Clo
         peer = _peer(sock)
         if info.state != sockets.TCP_CLOSE and session.options.tcp != "close":
             other = f" with {show(peer)}" if peer else ""
-            raise CannotSaveError(
+            raise ConnectionOpenError(
                 f"fd {one.fd} is a TCP connection of {show(local)}{other}; it cannot be kept: "
                 "allow it to come back closed with --tcp close"
             )

@@ -86,6 +86,18 @@ def test_connected_tcp_is_refused_and_with_leave_comes_back_closed():
             stub.do("signal.signal(signal.SIGPIPE, signal.SIG_IGN)\nfor _ in range(1000): c.send(b'x')")
 
 
+def test_many_connections_are_told_as_one():
+    with socket.create_server(("127.0.0.1", 0)) as server, driven(**QUIET) as target:
+        target.do(f"x = [socket.create_connection({server.getsockname()!r}) for _ in range(10)]")
+        (blocker,) = file_blockers(target.pid)
+        assert blocker.startswith("fd 3, 4, 5 and 7 more are TCP connections")
+        state, contents, _ = save(target, CLOSE)
+    with restored(state, contents, CLOSE) as (stub, warnings):
+        assert len(warnings) == 1
+        assert warnings[0].endswith("and so do 9 more connections")
+        assert stub.get("[socket.socket(fileno=os.dup(n)).recv(1) for n in range(3, 13)]") == [b""] * 10
+
+
 def test_address_in_use_names_who():
     port = free_port()
     with driven(**QUIET) as target:
