@@ -112,7 +112,7 @@ class House:
             self.service.wait(PATIENCE_S)
         elif self.socket.exists():  # one that a command started
             with contextlib.suppress(Exception), self.client() as client:
-                os.kill(client.check_version()["pid"], signal.SIGTERM)
+                os.kill(client.version()["pid"], signal.SIGTERM)
             wait_until(lambda: not self.socket.exists() or not is_listening(self.socket), "the service's end")
 
 

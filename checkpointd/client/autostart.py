@@ -49,8 +49,10 @@ def is_listening(path: Path) -> bool:
     return True
 
 
-def ensure_service(path: Path, *, start: bool) -> None:
+def ensure_service(path: Path, *, start: bool) -> subprocess.Popen[bytes] | None:
     """Return once somebody listens at the socket; start a service when nobody does and `start` is set.
+
+    Returns the process we started, if any: it need not be the one that listens (see `drop_loser`).
 
     Raises:
         ServiceUnreachable: nobody listens and none was or could be started.
@@ -71,6 +73,17 @@ def ensure_service(path: Path, *, start: bool) -> None:
         if time.monotonic() > give_up:
             raise _did_not_start(path, f"it did not listen within {START_TIMEOUT_S:.0f} s")
         time.sleep(POLL_S)
+    return service
+
+
+def drop_loser(service: subprocess.Popen[bytes] | None, winner_pid: int) -> None:
+    """End the service we started when another one got the socket first.
+
+    Left alone, one that starts slowly could take the socket later, after the winner's end, for nobody.
+    """
+    if service is not None and service.pid != winner_pid and service.poll() is None:
+        service.terminate()
+        service.wait()
 
 
 def log_path(path: Path) -> Path:

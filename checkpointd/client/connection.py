@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -19,13 +19,14 @@ import grpc
 from checkpointd import location
 from checkpointd.api.v1 import checkpoint_pb2 as pb
 from checkpointd.api.v1 import checkpoint_pb2_grpc
-from checkpointd.client.autostart import ensure_service
+from checkpointd.client.autostart import drop_loser, ensure_service
 from checkpointd.client.wire import error_of, event, plain
 from checkpointd.errors import ServiceUnreachable, UsageError, VersionMismatch
 from checkpointd.version import VERSION
 
 CHUNK_BYTES = 1 << 20
 CONNECT_TIMEOUT_S = 10.0
+CONNECT_ATTEMPTS = 5
 MAX_MESSAGE_BYTES = 64 << 20
 
 _OPTIONS: list[tuple[str, Any]] = [
@@ -51,18 +52,30 @@ def connect_to_socket(
 ) -> Client:
     """See `checkpointd.client.connect`."""
     path = location.checked_socket_path(socket) if socket else location.default_socket()
-    for attempt in (1, 2, 3):
-        ensure_service(path, start=start)
-        client = Client(grpc.insecure_channel(f"unix:{path}", options=_SOCKET_OPTIONS), str(path), timeout_s)
+
+    def attempt() -> grpc.Channel:
+        started = ensure_service(path, start=start)
+        channel = grpc.insecure_channel(f"unix:{path}", options=_SOCKET_OPTIONS)
         try:
-            client.check_version()
-            return client
-        except ServiceUnreachable as error:
-            client.close()
-            # an idle service may end between our knock and our first call: then another one is started
-            if isinstance(error, VersionMismatch) or not start or attempt == 3:
+            drop_loser(started, _checked_version(channel, str(path))["pid"])
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+    def open_channel() -> grpc.Channel:
+        # an idle service may end between our knock and our first call: then another one is started
+        for _ in range(CONNECT_ATTEMPTS - 1):
+            try:
+                return attempt()
+            except VersionMismatch:
                 raise
-    raise AssertionError("unreachable")
+            except ServiceUnreachable:
+                if not start:
+                    raise
+        return attempt()
+
+    return Client(open_channel, str(path), timeout_s)
 
 
 def connect_to_address(address: str, tls: ClientTls | None, timeout_s: float | None = None) -> Client:
@@ -74,21 +87,52 @@ def connect_to_address(address: str, tls: ClientTls | None, timeout_s: float | N
     credentials = grpc.ssl_channel_credentials(
         root_certificates=_read(tls.ca), private_key=_read(tls.key), certificate_chain=_read(tls.certificate)
     )
-    client = Client(grpc.secure_channel(address, credentials, options=_TCP_OPTIONS), address, timeout_s)
+
+    def open_channel() -> grpc.Channel:
+        channel = grpc.secure_channel(address, credentials, options=_TCP_OPTIONS)
+        try:
+            _checked_version(channel, address)
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+    return Client(open_channel, address, timeout_s)
+
+
+def _checked_version(channel: grpc.Channel, where: str) -> dict[str, Any]:
+    """The answer to GetVersion.
+
+    Raises:
+        VersionMismatch: major or minor version differ from ours.
+    """
+    stub: Any = checkpoint_pb2_grpc.CheckpointServiceStub(channel)  # type: ignore[no-untyped-call]
     try:
-        client.check_version()
-    except BaseException:
-        client.close()
-        raise
-    return client
+        answer = plain(stub.GetVersion(pb.GetVersionRequest(), timeout=CONNECT_TIMEOUT_S))
+    except grpc.RpcError as failure:
+        raise error_of(failure, where) from None
+    if answer["version"].split(".")[:2] != VERSION.split(".")[:2]:
+        raise VersionMismatch(
+            f"the service at {where} is version {answer['version']}, this command is {VERSION}",
+            hint=f"restart the service (its pid is {answer['pid']}; targets run on when it ends)",
+        )
+    return answer
 
 
 class Client:
-    """Calls to one service; each raises the service's errors.  Use it as a context manager."""
+    """Calls to one service; each raises the service's errors.  Use it as a context manager.
 
-    def __init__(self, channel: grpc.Channel, where: str, timeout_s: float | None) -> None:
+    A call that finds the service gone before it has answered anything is made once more, to the service that
+    `open_channel` then finds or starts: an idle one may end at any time.
+    """
+
+    def __init__(self, open_channel: Callable[[], grpc.Channel], where: str, timeout_s: float | None) -> None:
         self.where = where
         self.timeout_s = timeout_s
+        self._open_channel = open_channel
+        self._use(open_channel())
+
+    def _use(self, channel: grpc.Channel) -> None:
         self._channel = channel
         self._stub: Any = checkpoint_pb2_grpc.CheckpointServiceStub(channel)  # type: ignore[no-untyped-call]
 
@@ -101,20 +145,9 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
-    def check_version(self) -> dict[str, Any]:
-        """The service's version, pid and store.
-
-        Raises:
-            VersionMismatch: major or minor version differ from ours.
-        """
-        with self._errors():
-            answer = plain(self._stub.GetVersion(pb.GetVersionRequest(), timeout=CONNECT_TIMEOUT_S))
-        if answer["version"].split(".")[:2] != VERSION.split(".")[:2]:
-            raise VersionMismatch(
-                f"the service at {self.where} is version {answer['version']}, this command is {VERSION}",
-                hint=f"restart the service (its pid is {answer['pid']}; targets run on when it ends)",
-            )
-        return answer
+    def version(self) -> dict[str, Any]:
+        """The service's version, pid and store."""
+        return self._unary("GetVersion", pb.GetVersionRequest())
 
     def status(self) -> dict[str, Any]:
         return self._unary("GetStatus", pb.GetStatusRequest())
@@ -142,11 +175,9 @@ class Client:
 
     def watch(self, operation_id: str) -> Iterator[dict[str, Any]]:
         """All events of an operation from its start."""
-        request = pb.WatchOperationRequest(operation_id=operation_id)
-        with self._errors():
-            for message in self._stub.WatchOperation(request, timeout=self.timeout_s):
-                kind = message.WhichOneof("event")
-                yield {"operation": kind, **event(getattr(message, kind))}
+        for message in self._stream("WatchOperation", pb.WatchOperationRequest(operation_id=operation_id)):
+            kind = message.WhichOneof("event")
+            yield {"operation": kind, **event(getattr(message, kind))}
 
     def cancel(self, operation_id: str) -> dict[str, Any]:
         """Cancel an operation; returns when it has ended."""
@@ -165,11 +196,8 @@ class Client:
 
     def export(self, image: str, *, store: str = "") -> Iterator[bytes]:
         """The image's id (as ASCII) first, then the bytes of the portable file."""
-        with self._errors():
-            for message in self._stub.Export(
-                pb.ExportRequest(image=image, store=store), timeout=self.timeout_s
-            ):
-                yield message.data or message.image_id.encode("ascii")
+        for message in self._stream("Export", pb.ExportRequest(image=image, store=store)):
+            yield message.data or message.image_id.encode("ascii")
 
     def import_file(self, source: BinaryIO, *, store: str = "") -> dict[str, Any]:
         """Send a portable file; returns the new image."""
@@ -183,13 +211,34 @@ class Client:
             return plain(self._stub.Import(requests(), timeout=self.timeout_s))
 
     def _unary(self, name: str, request: Any) -> dict[str, Any]:
-        with self._errors():
-            return plain(getattr(self._stub, name)(request, timeout=self.timeout_s))
+        for may_repeat in (True, False):
+            try:
+                with self._errors():
+                    return plain(getattr(self._stub, name)(request, timeout=self.timeout_s))
+            except ServiceUnreachable as error:
+                self._reconnect(error, may_repeat)
+        raise AssertionError("unreachable")
 
     def _events(self, name: str, request: Any) -> Iterator[dict[str, Any]]:
-        with self._errors():
-            for message in getattr(self._stub, name)(request, timeout=self.timeout_s):
-                yield event(message)
+        return map(event, self._stream(name, request))
+
+    def _stream(self, name: str, request: Any) -> Iterator[Any]:
+        answered = False
+        for may_repeat in (True, False):
+            try:
+                with self._errors():
+                    for message in getattr(self._stub, name)(request, timeout=self.timeout_s):
+                        answered = True
+                        yield message
+                return
+            except ServiceUnreachable as error:
+                self._reconnect(error, may_repeat and not answered)
+
+    def _reconnect(self, error: ServiceUnreachable, may_repeat: bool) -> None:
+        if not may_repeat or isinstance(error, VersionMismatch):
+            raise error
+        self._channel.close()
+        self._use(self._open_channel())
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -11,7 +11,6 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from checkpointd.errors import (
-    Cancelled,
     CheckpointError,
     FrozenTooLong,
     NotPermitted,
@@ -72,8 +71,6 @@ def error_of(failure: grpc.RpcError, where: str) -> CheckpointError:
             "the service did not answer before the deadline; what it was doing is cancelled",
             hint="allow it more time with --timeout",
         )
-    if code == grpc.StatusCode.CANCELLED:
-        return Cancelled("the call was cancelled")
     if code == grpc.StatusCode.UNIMPLEMENTED:
         return VersionMismatch(
             f"the service at {where} does not know this call: it is of another version",
@@ -81,7 +78,8 @@ def error_of(failure: grpc.RpcError, where: str) -> CheckpointError:
         )
     if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
         return NotPermitted(f"the service at {where} refused us: {said}")
-    if code == grpc.StatusCode.UNAVAILABLE:
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        # we cancel no call ourselves: a service that ends does
         return ServiceUnreachable(
             f"the service at {where} cannot be reached or went away: {said}",
             hint="what it was doing is undone, targets run on: try again",

@@ -30,7 +30,7 @@ def house(tmp_path, monkeypatch):
 
 def service_pid(house):
     with connect(house.socket) as client:
-        return client.check_version()["pid"]
+        return client.version()["pid"]
 
 
 def test_the_first_client_starts_the_service_and_the_next_one_finds_it(house):
@@ -44,6 +44,16 @@ def test_many_first_clients_start_one_service(house):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         pids = set(pool.map(lambda _: service_pid(house), range(8)))
     assert len(pids) == 1
+    sessions = [name for name in os.listdir("/proc") if name.isdigit() and serves(int(name), house.socket)]
+    assert [int(name) for name in sessions] == list(pids)  # the losers of the race are gone
+
+
+def serves(pid, path):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as words:
+            return os.fsencode(path) in words.read().split(b"\0")
+    except OSError:
+        return False
 
 
 def test_two_commands_at_once_start_one_service(house):

@@ -44,7 +44,7 @@ def kinds(events):
 
 
 def test_the_service_says_who_it_is(house, client):
-    found = client.check_version()
+    found = client.version()
     assert (found["version"], found["pid"], found["store"]) == (VERSION, house.service.pid, str(house.store))
 
 
@@ -189,14 +189,15 @@ def test_a_dump_still_running_at_its_deadline_is_cancelled(house, target):
             list(client.watch(operation))
 
 
-def test_the_agent_is_told_how_much_time_is_left(house, target):
+def test_a_call_without_time_left_makes_no_image(house, target):
     channel = grpc.insecure_channel(f"unix:{house.socket}")
     stub = checkpoint_pb2_grpc.CheckpointServiceStub(channel)
     with channel, pytest.raises(grpc.RpcError) as failure:
         list(stub.Dump(pb.DumpRequest(pid=target), timeout=1e-6))
     assert failure.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     with house.client() as client:
-        assert target not in [found["pid"] for found in client.status()["targets"]]
+        wait_until(lambda: target not in [found["pid"] for found in client.status()["targets"]], "the refusal")
+        assert target not in [image["pid"] for image in client.list()["images"]]
 
 
 def test_images_are_listed_shown_verified_and_removed(client, target):

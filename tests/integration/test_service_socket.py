@@ -64,7 +64,7 @@ def test_a_second_service_at_the_same_socket_says_so_and_harms_nothing(house):
     assert done.returncode == 11
     assert "another service is listening" in done.stderr
     with house.client() as client:
-        assert client.check_version()["pid"] == house.service.pid
+        assert client.version()["pid"] == house.service.pid
 
 
 def test_a_socket_left_behind_is_replaced(house):

@@ -72,7 +72,7 @@ def test_details_too_large_for_the_wire_are_cut_and_say_so():
         (grpc.StatusCode.UNAVAILABLE, errors.ServiceUnreachable),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.FrozenTooLong),
         (grpc.StatusCode.UNIMPLEMENTED, errors.VersionMismatch),
-        (grpc.StatusCode.CANCELLED, errors.Cancelled),
+        (grpc.StatusCode.CANCELLED, errors.ServiceUnreachable),
         (grpc.StatusCode.INTERNAL, errors.CheckpointError),
     ],
 )

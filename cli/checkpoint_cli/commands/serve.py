@@ -37,7 +37,7 @@ def command(session: Session, stop: bool, arguments: tuple[str, ...]) -> None:
 
 def _stop(session: Session) -> None:
     with session.client(start=False) as client:
-        pid = client.check_version()["pid"]
+        pid = client.version()["pid"]
     fd = os.pidfd_open(pid)
     try:
         signal.pidfd_send_signal(fd, signal.SIGTERM)

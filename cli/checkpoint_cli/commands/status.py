@@ -18,7 +18,7 @@ from checkpoint_cli.output import local_time, print_document, print_table, short
 def command(session: Session) -> None:
     """Show the service, the processes it tracks and its operations.  Starts no service."""
     with session.client(start=False) as client:
-        answer = {"service": client.check_version(), **client.status()}
+        answer = {"service": client.version(), **client.status()}
     if session.json:
         print_document(answer)
         return
