@@ -196,7 +196,9 @@ def test_a_call_without_time_left_makes_no_image(house, target):
         list(stub.Dump(pb.DumpRequest(pid=target), timeout=1e-6))
     assert failure.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     with house.client() as client:
-        wait_until(lambda: target not in [found["pid"] for found in client.status()["targets"]], "the refusal")
+        wait_until(
+            lambda: target not in [found["pid"] for found in client.status()["targets"]], "the refusal"
+        )
         assert target not in [image["pid"] for image in client.list()["images"]]
 
 
