@@ -321,7 +321,14 @@ def _read_file(path: str, runs: Runs, into: Buffer) -> None:
             size = nr * PAGE_SIZE
             done = 0
             while done < size:
-                got = os.preadv(fd, [view[at + done : at + size]], (first << PAGE_SHIFT) + done)
+                where = (first << PAGE_SHIFT) + done
+                try:
+                    got = os.preadv(fd, [view[at + done : at + size]], where)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{path} cannot be read at {where:#x} ({error.strerror}); nothing was saved",
+                        hint="the target runs on; `checkpoint check -p PID` may know why",
+                    ) from error
                 if got == 0:
                     if is_mem:
                         raise ProcessLookupError(errno.ESRCH, path)

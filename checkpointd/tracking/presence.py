@@ -125,4 +125,7 @@ def _cut(regions: ps.Regions, vmas: Sequence[Vma]) -> tuple[ps.Regions, npt.NDAr
         regions[overlap, 1] = regions[overlap + 1, 0]
     vma_at = np.searchsorted(starts, regions[:, 0], side="right").astype(np.int64) - 1
     valid = (vma_at >= 0) & (regions[:, 0] < ends[vma_at])
-    return regions[valid], vma_at[valid]
+    regions, vma_at = regions[valid], vma_at[valid]
+    # a region may run on into a mapping that is not the target's: the one injected for this very freeze
+    regions[:, 1] = np.minimum(regions[:, 1], ends[vma_at])
+    return regions, vma_at
