@@ -27,7 +27,7 @@ from checkpointd.target.process import process_blockers, vma_blockers
 from checkpointd.tracking.select import select_backend
 
 
-def files_options(tcp: str, external: Sequence[str], tty: str = "") -> FilesOptions:
+def files_options(tcp: str, external: Sequence[str], tty: str = "", changed: str = "refuse") -> FilesOptions:
     """The user's words as options.
 
     Raises:
@@ -40,7 +40,10 @@ def files_options(tcp: str, external: Sequence[str], tty: str = "") -> FilesOpti
         raise UsageError(f"--external takes refuse, keep or null, not {how!r}")
     if tty not in ("", "keep", "null"):
         raise UsageError(f"--tty takes keep or null, not {tty!r}")
+    if changed not in ("", "refuse", "allow"):
+        raise UsageError(f"--changed takes refuse or allow, not {changed!r}")
     return FilesOptions(
+        changed="allow" if changed == "allow" else "refuse",
         tcp="close" if tcp == "close" else "refuse",
         external="refuse" if how == "refuse" else "null" if how == "null" else "keep",
         tty="null" if tty == "null" else "keep",

@@ -54,7 +54,7 @@ def restore(args: RestoreArgs, report: Report) -> tuple[RestoreStats, Dumper | N
             dumper = made
 
     options = RestoreOptions(
-        files=files_options(args.tcp, args.external, args.tty),
+        files=files_options(args.tcp, args.external, args.tty, args.changed),
         file_content=lambda index: _content(image, index),
         before_release=arm,
     )
