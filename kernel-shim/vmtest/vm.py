@@ -78,11 +78,12 @@ def _qemu_arguments(
     cpus: int,
     share: Path | None,
     ports: Mapping[str, int],
+    append: str,
 ) -> list[str]:
     cmdline = ["console=ttyS0", "loglevel=4", "root=rootfs", "rootfstype=9p", "ro",
                "rootflags=trans=virtio,version=9p2000.L,cache=loose,msize=512000",
                "panic=-1", "oops=panic",
-               f"init={HERE / 'guest-init.sh'}", f"VMTEST_DIR={run_dir}"]  # fmt: skip
+               f"init={HERE / 'guest-init.sh'}", f"VMTEST_DIR={run_dir}", *append.split()]  # fmt: skip
     tmp = Path("/tmp")  # noqa: S108 - of the guest
     if tmp in Path.cwd().parents or tmp in CHECKOUT.parents:
         cmdline.append("VMTEST_KEEP_TMP=1")
@@ -122,6 +123,7 @@ def run(
     cpus: int = 2,
     share: Path | None = None,
     console_log: Path | None = None,
+    append: str = "",
     environment: Mapping[str, str] | None = None,
 ) -> int:
     """Run ``command`` in a guest that boots ``image`` and return its exit status.
@@ -137,6 +139,7 @@ def run(
         cpus: processors of the guest.
         share: a directory of the host which the guest sees, writable, at the same path.
         console_log: where to keep the kernel's messages.
+        append: more words for the kernel's command line.
         environment: more variables for the command.
 
     Raises:
@@ -162,7 +165,7 @@ def run(
             ours[port], theirs[port] = (stack.enter_context(end) for end in socket.socketpair())
         fds = {port: end.fileno() for port, end in theirs.items()}
         arguments = _qemu_arguments(
-            image, run_dir, console, memory_mib, cpus, share.resolve() if share else None, fds
+            image, run_dir, console, memory_mib, cpus, share.resolve() if share else None, fds, append
         )
         # setpriv: if we are killed, the guest goes with us
         process = subprocess.Popen(
