@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +45,7 @@ class Target:
 
     def settle(self):
         """Wait until it is blocked in read(0): from then on its memory stands still."""
-        while not open(f"/proc/{self.pid}/syscall").read().startswith("0 0x0 "):
+        while not Path(f"/proc/{self.pid}/syscall").read_text().startswith("0 0x0 "):
             time.sleep(0.001)
 
     def write(self, **pages):

@@ -26,7 +26,7 @@ def run_checkpoint(tmp_path):
     environment = {
         **os.environ,
         "XDG_RUNTIME_DIR": str(runtime),
-        "XDG_STATE_HOME": str(tmp_path / "state"),
+        "CHECKPOINT_STORE": str(tmp_path / "store"),
         "HOME": str(tmp_path),
     }
 

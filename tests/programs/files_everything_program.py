@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import threading
+from pathlib import Path
 
 libc = ctypes.CDLL(None, use_errno=True)
 wrong = []
@@ -119,7 +120,7 @@ class Everything:
                 wrong.append("the lock was lost")
             except BlockingIOError:
                 pass
-        expect("pidfd", f"Pid:\t{os.getpid()}\n" in open(f"/proc/self/fdinfo/{self.self}").read(), True)
+        expect("pidfd", f"Pid:\t{os.getpid()}\n" in Path(f"/proc/self/fdinfo/{self.self}").read_text(), True)
         os.write(self.blocked[1], b"wake up")
         os.close(self.blocked[1])
         self.listener.join(20)
