@@ -267,9 +267,24 @@ def take_stop(tid: int) -> None:
 
 
 def reap(tid: int, *, block: bool = False) -> bool:
-    """Take the report of a death; False when there is none (yet)."""
+    """Take the report of a death; False when there is none (yet).
+
+    A wait with WEXITED alone would also take a *stop* of a tracee (the kernel shows those whatever was asked for),
+    so it is looked at first.
+
+    Args:
+        block: wait for the death, taking stops on the way: only for a thread that has been killed.
+    """
     try:
-        return os.waitid(os.P_PID, tid, os.WEXITED | _WALL | (0 if block else os.WNOHANG)) is not None
+        while True:
+            status = peek_wait(tid, block=block)
+            if status is None:
+                return False
+            if status.exited:
+                return os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | _WALL) is not None
+            if not block:
+                return False
+            take_stop(tid)
     except ChildProcessError:
         return False
 

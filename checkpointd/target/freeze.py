@@ -10,6 +10,9 @@ new while all are stopped; threads that stand in code a dead agent left are let 
 and rseq are read.  A thread inside an rseq critical section is moved to its abort address at once, as the kernel
 would do; a system call that would report a false EINTR is made to go on (`restartable`).
 
+No other thread of this process may wait for the target meanwhile (waitpid, also of -1, takes ptrace stops whatever
+its options): a target that is our own child must be left alone between `freeze` and `thaw`.
+
 Times are microseconds; `frozen_at_ns` is CLOCK_MONOTONIC.
 
 Raises: TargetGone, TargetExeced, NotPermitted, Busy, Unsupported, UsageError, each with all threads let go.
@@ -37,7 +40,7 @@ from checkpointd.target.fork import ForkedCopy, fork_copy, reap_copy
 from checkpointd.target.inject import Injection, injection
 from checkpointd.target.registers import CS_64BIT, UserRegs
 from checkpointd.target.restartable import BlockedCall
-from checkpointd.target.slot import LeftBehind, SlotPlace, exe_identity, find_places, is_go_program
+from checkpointd.target.slot import SLOT_SIZE, LeftBehind, SlotPlace, exe_identity, find_places, is_go_program
 from checkpointd.tracepoint import hit
 
 __all__ = ["Frozen", "FrozenThread", "RseqConfig", "freeze"]
@@ -162,6 +165,9 @@ class Frozen:
             exe = exe_identity(self.pid)
             self._places = find_places(self.mem, vmas, [thread.regs for thread in self.threads.values()], exe)
             self._is_go = is_go_program(self.mem, vmas, exe)
+            for place in self._places:
+                if place.stale:
+                    self.force_write(place.address, bytes(SLOT_SIZE))
 
     def ids_inside(self, tid: int) -> tuple[int, int]:
         """(pid, tid) in the target's own pid namespace."""

@@ -50,6 +50,8 @@ class SlotPlace:
 
     address: int
     where: str
+    stale: bool = False
+    """A dead agent's slot lies there, and nobody will ever come to it."""
 
     @property
     def entry(self) -> int:
@@ -269,5 +271,5 @@ def find_places(
                     continue
             elif any(content):
                 continue
-            places.append(SlotPlace(at, vma.path or "anonymous"))
+            places.append(SlotPlace(at, vma.path or "anonymous", content.startswith(_MAGIC)))
     return places

@@ -535,12 +535,65 @@ static void mode_forks(void)
     }
 }
 
+// one long sleep, frozen many times: never short, and its end is not put off by each freeze
+static void long_sleep(const char *what, int is_epoll)
+{
+    int ep = epoll_create1(EPOLL_CLOEXEC);
+    while (!shm->quit) {
+        struct epoll_event event;
+        struct timespec wanted = {0, 400000000};
+        int64_t start = now_ns(CLOCK_MONOTONIC);
+        int got_ = is_epoll ? epoll_wait(ep, &event, 1, 400) : nanosleep(&wanted, NULL);
+        if (got_) fail("%s: %d %s", what, got_, strerror(errno));
+        check_sleep(what, start, is_epoll ? 399000000 : 400000000);
+        if (now_ns(CLOCK_MONOTONIC) - start > 1200000000) fail("%s was put off", what);
+        step();
+    }
+}
+
+static void mode_nanosleep_long(void) { long_sleep("a long nanosleep", 0); }
+static void mode_epoll_long(void) { long_sleep("a long epoll_wait", 1); }
+
+// a multi-threaded program that replaces itself all the time
+static char **own_argv;
+
+static void mode_execs(void)
+{
+    pthread_t thread;
+    for (int n = 0; n < 3; n++) pthread_create(&thread, NULL, n ? sleeper : spinner, NULL);
+    usleep(3000);
+    step();
+    if (!shm->quit) execv("/proc/self/exe", own_argv);
+}
+
+// a main thread that waits for a vfork child cannot be stopped
+static void mode_vfork(void)
+{
+    while (!shm->quit) {
+        pid_t child = vfork();
+        if (child == 0) { struct timespec nap = {1, 500000000}; nanosleep(&nap, NULL); _exit(0); }
+        waitpid(child, NULL, 0);
+        step();
+    }
+}
+
+// the main thread has ended, another one lives on
+static void mode_headless(void)
+{
+    pthread_t thread;
+    pthread_create(&thread, NULL, sleeper, NULL);
+    shm->progress = 10;
+    pthread_exit(NULL);
+}
+
 static const struct { const char *name; void (*run)(void); } modes[] = {
     {"regs", mode_regs}, {"nanosleep", mode_nanosleep}, {"clock-nanosleep", mode_clock_nanosleep_abs},
     {"poll", mode_poll}, {"ppoll", mode_ppoll}, {"futex", mode_futex}, {"epoll-timeout", mode_epoll_timeout},
     {"read", mode_read}, {"epoll", mode_epoll}, {"semop", mode_semop}, {"sigwait", mode_sigwait},
     {"signals", mode_signals}, {"altstack", mode_altstack}, {"clock", mode_clock}, {"rseq", mode_rseq},
     {"threads9", mode_threads9}, {"threads64", mode_threads64}, {"births", mode_births}, {"forks", mode_forks},
+    {"nanosleep-long", mode_nanosleep_long}, {"epoll-long", mode_epoll_long}, {"execs", mode_execs},
+    {"vfork", mode_vfork}, {"headless", mode_headless},
 };
 
 int main(int argc, char **argv)
@@ -551,6 +604,7 @@ int main(int argc, char **argv)
     if (shm == MAP_FAILED) return 3;
     close(fd);
     tolerant = argc > 3;
+    own_argv = argv;
     for (size_t n = 0; n < sizeof modes / sizeof *modes; n++)
         if (!strcmp(argv[1], modes[n].name)) {
             shm->ready = 1;

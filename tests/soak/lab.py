@@ -39,8 +39,9 @@ C_MODES = (
     *("sigwait", "signals", "altstack", "clock", "rseq", "threads9", "threads64", "births", "forks"),
 )
 # what changes by itself in a mode, and is therefore not compared
-MOVING_MAPS = {"births", "go", "stopped"}
-MOVING_THREADS = {"births", "go"}
+MOVING_MAPS = {"births", "go", "execs"}
+MOVING_THREADS = {"births", "go", "execs"}
+MOVING_MASKS = {"births", "ppoll", "altstack", "signals", "go", "forks", "execs"}
 
 
 def build(where: Path) -> dict[str, Path]:
@@ -49,11 +50,8 @@ def build(where: Path) -> dict[str, Path]:
     source = PROGRAMS / "inject_target.c"
     subprocess.run(["gcc", "-O1", "-pthread", source, "-o", programs["dynamic"]], check=True)
     subprocess.run(["gcc", "-O1", "-static", "-pthread", source, "-o", programs["static"]], check=True)
-    subprocess.run(
-        ["gcc", "-O1", "-nostdlib", "-static", "-fno-stack-protector", PROGRAMS / "inject_nolibc.c"]
-        + ["-o", programs["nolibc"]],
-        check=True,
-    )
+    bare = ["-nostdlib", "-static", "-fno-stack-protector"]
+    subprocess.run(["gcc", "-O1", *bare, PROGRAMS / "inject_nolibc.c", "-o", programs["nolibc"]], check=True)
     if shutil.which("go"):
         env = {**os.environ, "HOME": str(where), "GOCACHE": str(where / "gocache"), "GO111MODULE": "off"}
         go = where / "go"
@@ -92,8 +90,26 @@ class Target:
         command = [programs[kind], *([mode] if mode else []), path, *(["tolerant"] if tolerant else [])]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self.pid = self.process.pid
-        self._wait(lambda: self._word(_READY) and self.progress > 3, "to begin")
+        try:
+            self._begin(mode)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _begin(self, mode: str) -> None:
+        enough = 0 if mode in ("execs", "vfork", "nanosleep-long", "epoll-long") else 5
+        self._wait(lambda: self._word(_READY) and self.progress > enough, "to begin")
         self.before = self._picture()
+        if mode in ("threads9", "threads64"):
+            # threads just born have every signal blocked for a moment
+            self._wait(self._is_settled, "its threads to settle")
+
+    def _is_settled(self) -> bool:
+        before, self.before = self.before, self._picture()
+        return (
+            all(not mask.startswith("fffffff") for mask in self.before.masks.values())
+            and before == self.before
+        )
 
     def _word(self, at: int) -> int:
         return struct.unpack_from("=Q", self._shm, at)[0]
@@ -169,14 +185,7 @@ class Target:
         if self.mode not in MOVING_MAPS and now.maps != self.before.maps:
             gone = set(self.before.maps.splitlines()) ^ set(now.maps.splitlines())
             return f"mappings differ: {sorted(gone)}"
-        if now.masks != self.before.masks and self.mode not in (
-            "births",
-            "ppoll",
-            "altstack",
-            "signals",
-            "go",
-            "forks",
-        ):
+        if now.masks != self.before.masks and self.mode not in MOVING_MASKS:
             return f"signal masks {self.before.masks} became {now.masks}"
         if self.mode != "forks":
             for child in now.children - self.before.children:
@@ -313,9 +322,11 @@ def kill_at(
     tally.points[name] = tally.points.get(name, 0) + 1
 
 
-def kill_after(zygote: Zygote, target: Target, session: str, delay_us: int, tally: Tally) -> None:
+def kill_after(
+    zygote: Zygote, target: Target, session: str, delay_us: int, tally: Tally, *, sig0: bool = False
+) -> None:
     """Kill an agent after some microseconds."""
-    answer = zygote.run(session, target.pid, delay_us=delay_us, repeat=1000)
+    answer = zygote.run(session, target.pid, delay_us=delay_us, repeat=1000, sig0=sig0)
     _count(target, session, answer, tally, f"after {delay_us} us")
     tally.points["random instant"] = tally.points.get("random instant", 0) + 1
 

@@ -6,7 +6,6 @@ Each session, when nobody kills it, leaves the target exactly as it was.
 
 from __future__ import annotations
 
-
 from checkpointd.linux.process_vm import read_mem
 from checkpointd.target import fork
 from checkpointd.target.freeze import freeze
