@@ -37,7 +37,7 @@ from checkpointd.linux.ptrace import RseqConfig
 from checkpointd.procfs import maps, process
 from checkpointd.target import attachable, restartable, undertaker
 from checkpointd.target.fork import ForkedCopy, fork_copy, reap_copy
-from checkpointd.target.inject import Injection, injection
+from checkpointd.target.inject import Injection, NotHomeError, injection
 from checkpointd.target.registers import CS_64BIT, UserRegs
 from checkpointd.target.restartable import BlockedCall
 from checkpointd.target.slot import SLOT_SIZE, LeftBehind, SlotPlace, exe_identity, find_places, is_go_program
@@ -88,6 +88,7 @@ class Frozen:
     _nr_places_used: int = 0
     _is_go: bool = False
     _injecting: bool = False
+    _interrupted: bool = False
 
     @property
     def leader(self) -> FrozenThread:
@@ -120,10 +121,19 @@ class Frozen:
     def _one_injection(self, scratch_bytes: int | None) -> Iterator[Injection]:
         if self._injecting:
             raise RuntimeError("an injection is open already: one at a time")
-        self._injecting = True
+        if self._interrupted:
+            raise RuntimeError("an earlier injection was interrupted: thaw, and freeze again")
+        # until it has ended in good order the thread is somewhere on its way; a thaw sends it home from anywhere
+        self._injecting = self._interrupted = True
         try:
             with injection(self, scratch_bytes) as remote:
                 yield remote
+            self._interrupted = False
+        except NotHomeError as error:
+            raise error.cause from None
+        except BaseException:
+            self._interrupted = False
+            raise
         finally:
             self._injecting = False
             self._nr_places_used = 0
@@ -207,6 +217,12 @@ class Frozen:
         if failure is not None:
             raise failure
 
+    def __del__(self) -> None:
+        # an exception between the return of `freeze` and the `with` that wanted it
+        if self._held:
+            with contextlib.suppress(Exception):
+                self.thaw()
+
     def __enter__(self) -> Frozen:
         return self
 
@@ -245,6 +261,7 @@ def freeze(pid: int, *, timeout_s: float = 5.0) -> Frozen:
         frozen.frozen_at_ns = time.monotonic_ns()
         frozen.freezing_time_us = (frozen.frozen_at_ns - started_ns) // 1000
         _read_threads(frozen, blocked)
+        hit("freeze.done")
     except BaseException as error:
         try:
             if isinstance(error, ProcessLookupError):
@@ -252,7 +269,6 @@ def freeze(pid: int, *, timeout_s: float = 5.0) -> Frozen:
             raise
         finally:
             frozen.thaw()
-    hit("freeze.done")
     return frozen
 
 

@@ -34,12 +34,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from checkpointd.errors import CheckpointError, Unsupported
+from checkpointd.errors import TargetGone, Unsupported
 from checkpointd.linux import ptrace
 from checkpointd.linux.seccomp import MODE_FILTER, MODE_STRICT
 from checkpointd.memory import PAGE_SIZE
 from checkpointd.procfs import process
 from checkpointd.target import rendezvous
+from checkpointd.target.attachable import gone, is_dead_thread
 from checkpointd.target.blobs import RUNNER, RUNNER_RDV, RUNNER_RUN
 from checkpointd.target.registers import UserRegs, home_context, signed, word
 from checkpointd.target.remote import Call, Result
@@ -461,18 +462,44 @@ def _refers_beyond(call: Call, nr_after: int) -> bool:
     return any(isinstance(arg, Result) and arg.index >= nr_after for arg in call.args)
 
 
+class NotHomeError(Exception):
+    """Carries an error that left the thread on its way: only a thaw brings it home."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 @contextmanager
 def injection(frozen: Frozen, scratch_bytes: int | None) -> Iterator[Injection]:
-    """Enter, hand out, leave; see `Frozen.inject`."""
-    remote = Injection(frozen, scratch_bytes)
+    """Enter, hand out, leave; see `Frozen.inject`.
+
+    Raises:
+        NotHomeError: around whatever interrupted entering or leaving.
+    """
+    with _coming_home(frozen):
+        remote = Injection(frozen, scratch_bytes)
     try:
         yield remote
-    except CheckpointError as error:
-        if error.reason.startswith("TARGET_"):
-            raise
-        remote.leave(undo=True)
+    except BaseException as error:
+        if isinstance(error, OSError | TargetGone) and is_dead_thread(frozen.pid, frozen.pid):
+            raise gone(frozen.pid) from error
+        with _coming_home(frozen):
+            remote.leave(undo=True)
         raise
-    except BaseException:
-        remote.leave(undo=True)
-        raise
-    remote.leave(undo=False)
+    with _coming_home(frozen):
+        remote.leave(undo=False)
+
+
+@contextmanager
+def _coming_home(frozen: Frozen) -> Iterator[None]:
+    try:
+        yield
+    except Unsupported:
+        raise  # refused in good order
+    except OSError as error:
+        if is_dead_thread(frozen.pid, frozen.pid):
+            raise gone(frozen.pid) from error
+        raise NotHomeError(error) from error
+    except BaseException as error:
+        raise NotHomeError(error) from error

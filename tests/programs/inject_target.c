@@ -571,7 +571,7 @@ static void mode_vfork(void)
 {
     while (!shm->quit) {
         pid_t child = vfork();
-        if (child == 0) { struct timespec nap = {1, 500000000}; nanosleep(&nap, NULL); _exit(0); }
+        if (child == 0) { struct timespec nap = {0, 600000000}; nanosleep(&nap, NULL); _exit(0); }
         waitpid(child, NULL, 0);
         step();
     }
