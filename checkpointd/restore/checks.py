@@ -19,7 +19,7 @@ from checkpointd.memory import VmaKind
 from checkpointd.procfs import maps, process
 from checkpointd.restore.credentials import missing_rights
 from checkpointd.restore.plan import FdKey
-from checkpointd.restore.spawn import holder_of, is_zombie
+from checkpointd.restore.spawn import holder_of, is_dying
 from checkpointd.state.memory import AddressSpace, FileIdentity
 from checkpointd.state.process import ImageState, ProcessState
 from checkpointd.state.threads import Credentials
@@ -105,14 +105,14 @@ def check_rights(state: ProcessState, ours: Credentials, *, new_pid: bool) -> No
 
 
 def check_ids(state: ProcessState, *, wait_s: float) -> None:
-    """Are its process and thread ids free?  Zombies are waited for.
+    """Are its process and thread ids free?  Dying processes are waited for.
 
     Raises:
         RestoreConflict: says who has them.
     """
     deadline = time.monotonic() + wait_s
     taken = [thread.tid for thread in state.threads if os.path.exists(f"/proc/{thread.tid}")]
-    while taken and all(is_zombie(tid) for tid in taken) and time.monotonic() < deadline:
+    while taken and all(is_dying(tid) for tid in taken) and time.monotonic() < deadline:
         time.sleep(0.005)
         taken = [tid for tid in taken if os.path.exists(f"/proc/{tid}")]
     if not taken:

@@ -15,6 +15,7 @@ Raises: RestoreConflict (the pid is in use, by whom), NotPermitted, OSError.
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import time
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ _ALARM_S = 30
 _WALL = 0x4000_0000
 _PR_SET_PTRACER = 0x59616D61
 _EEXIST, _EPERM = 17, 1
+_PF_EXITING = 0x4
 _RETRY_S = 0.002
 
 
@@ -97,7 +99,7 @@ def spawn(birth: Birth, *, wait_s: float = 5.0) -> Stub:
             return _spawn_once(birth)
         except FileExistsError as error:
             wanted = birth.pid
-            if wanted and not is_zombie(wanted) and Path(f"/proc/{wanted}").exists():
+            if wanted and not is_dying(wanted) and Path(f"/proc/{wanted}").exists():
                 raise pid_in_use(wanted) from error
             if time.monotonic() > deadline:
                 raise pid_in_use(wanted or birth.sid) from error
@@ -124,11 +126,14 @@ def holder_of(pid: int) -> str:
         return " as a process group or session"
 
 
-def is_zombie(pid: int) -> bool:
+def is_dying(pid: int) -> bool:
+    """Has it been killed (SIGKILL is pending), is it exiting, or is it a zombie?"""
     try:
-        return process.read_stat(pid).state in "ZX"
+        stat, status = process.read_stat(pid), process.read_status(pid)
     except (OSError, ValueError):
-        return False
+        return True  # gone between two looks
+    pending = int(status.get("SigPnd", "0"), 16) | int(status.get("ShdPnd", "0"), 16)
+    return stat.state in "ZX" or bool(stat.flags & _PF_EXITING) or bool(pending >> (signal.SIGKILL - 1) & 1)
 
 
 def _spawn_once(birth: Birth) -> Stub:
