@@ -19,7 +19,7 @@ from checkpointd.linux import clone, ptrace
 from checkpointd.linux import signal as sig
 from checkpointd.linux.process_vm import MemFile
 from checkpointd.memory import PAGE_SIZE
-from checkpointd.restore.blobs import RUNNER, RUNNER_AMX, RUNNER_ONE
+from checkpointd.restore.blobs import RUNNER, RUNNER_AMX, RUNNER_ONE, STUB_SYSCALL
 from checkpointd.restore.plan import Step
 from checkpointd.target.registers import UserRegs, word
 from checkpointd.target.remote import Call, Result
@@ -30,6 +30,7 @@ _TABLE_BYTES = 256 << 10
 _MAX_ENTRIES = _TABLE_BYTES // clone.ENTRY_BYTES
 _DATA_BYTES = 1 << 20
 _ALIGN = 16
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 WORK_BYTES = PAGE_SIZE + _TABLE_BYTES + _DATA_BYTES
 PROT_RWX = 7
 
@@ -91,8 +92,7 @@ class Stub:
 
     def open_work_area(self, start: int, size_bytes: int) -> None:
         """Map the work area and put the code there; the stub's own `syscall` instruction does it."""
-        regs = self._regs[self.pid]
-        self._set_syscall(self.pid, regs.rip - 2, 9, (start, size_bytes, PROT_RWX, 0x100022, -1, 0))
+        self._set_syscall(self.pid, STUB_SYSCALL, 9, (start, size_bytes, PROT_RWX, 0x100022, -1, 0))
         result = self._to_syscall_exit(self.pid)
         if result != start:
             raise StepFailedError(self.pid, "mapping the work area", -result if result < 0 else errno.EEXIST)
@@ -314,7 +314,15 @@ class Stub:
             raise self._gone() from error
         if _is_death(status):
             raise self._gone()
-        return status >> 8
+        code = status >> 8
+        if code in _CRASHES:
+            regs = UserRegs.from_bytes(ptrace.get_regs(tid))
+            raise CheckpointError(
+                f"process {self.pid} crashed while it was being rebuilt (signal {code} at {regs.rip:#x})",
+                hint="this is a defect of checkpointd; nothing was left behind",
+                pid=self.pid,
+            )
+        return code
 
     def _gone(self) -> TargetGone:
         return TargetGone(
@@ -332,17 +340,7 @@ class Stub:
             ptrace.cont_to_syscall(tid)
 
     def _wait_int3(self, tid: int) -> None:
-        while True:
-            code = self._wait(tid)
-            if code == signal.SIGTRAP:
-                return
-            if code in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL):
-                regs = UserRegs.from_bytes(ptrace.get_regs(tid))
-                raise CheckpointError(
-                    f"process {self.pid} crashed while it was being rebuilt (signal {code} at {regs.rip:#x})",
-                    hint="this is a defect of checkpointd; nothing was left behind",
-                    pid=self.pid,
-                )
+        while self._wait(tid) != signal.SIGTRAP:
             ptrace.cont(tid)
 
 

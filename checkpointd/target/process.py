@@ -11,6 +11,7 @@ Source: proc_pid_stat(5), proc_pid_status(5), prctl(2), membarrier(2), kernel so
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -161,7 +162,10 @@ def _exe(pid: int) -> tuple[FileIdentity, bool, bool]:
 
 
 def _seccomp_blockers(pid: int) -> list[str]:
-    modes = {process.read_status(pid, tid).get("Seccomp", "0") for tid in process.thread_ids(pid)}
+    modes = set()
+    for tid in process.thread_ids(pid):
+        with contextlib.suppress(OSError):  # it just ended
+            modes.add(process.read_status(pid, tid).get("Seccomp", "0"))
     if "2" in modes:
         return ["it has seccomp filters, without which it may not come back"]
     if "1" in modes:

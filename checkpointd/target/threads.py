@@ -218,14 +218,19 @@ def _sleep_of(
 
 
 def _elapsed(frozen: Frozen, thread: FrozenThread) -> int | None:
-    """How long the thread had been in its call at the freeze, by the sample taken just before."""
+    """How long the thread had been in its call at the freeze, by the sample taken just before.
+
+    A call that was not sampled began after the sampling, microseconds to a few milliseconds ago: 0, so that it
+    ends late rather than early.  None: the kernel does not tell.
+    """
     sample, regs = thread.blocked, thread.regs
-    if sample is None or sample.asleep_us is None or sample.nr != regs.syscall_nr:
-        return None
-    if sample.args != (regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9):
+    args = (regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9)
+    if sample is None or sample.nr != regs.syscall_nr or sample.args != args:
+        return 0
+    if sample.asleep_us is None:
         return None
     if not same_sleep(frozen.pid, thread.tid, sample):
-        return None
+        return 0
     return max(0, sample.asleep_us * 1000 + frozen.frozen_at_ns - sample.sampled_ns)
 
 

@@ -26,3 +26,5 @@ STUB_ELF = bytes.fromhex(
     "00000100000000000000010000000000810000000000000081000000000000000010000000000000"
     "b8220000000f05ebf7"
 )
+STUB_SYSCALL = 0x1007D
+"""Address of the `syscall` instruction once the stub is loaded."""
