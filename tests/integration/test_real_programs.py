@@ -66,7 +66,7 @@ class Program:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.directory = directory
-        log = open(directory / "log", "ab")
+        log = open(directory / "log", "ab")  # noqa: SIM115 (handed over)
         with log:
             self._process = subprocess.Popen(
                 words(self.port, directory),
