@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import struct
 import threading
 import time
@@ -50,6 +51,8 @@ _OPTIONS = ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC
 _SIGTRAP = 5
 _LINGER_S = 60.0
 _MAX_WAYS_HOME = 200
+_NR_PLACES = 2
+_VDSO_LINE = re.compile(rb"^.*\[vdso\]$", re.MULTILINE)
 _WORD = 8
 _RSEQ_CS = struct.Struct("=IIQQQ")  # version, flags, start_ip, post_commit_offset, abort_ip
 
@@ -83,10 +86,10 @@ class Frozen:
     freezing_time_us: int = 0
     frozen_at_ns: int = 0
     _held: dict[int, bool] = field(default_factory=dict)  # seized threads: stopped by a group stop?
+    _regs: dict[int, UserRegs] = field(default_factory=dict)  # as the stop found them
     _mem: MemFile | None = None
     _places: list[SlotPlace] | None = None
-    _nr_places_used: int = 0
-    _is_go: bool = False
+    _leader_has_place: bool = False
     _injecting: bool = False
     _interrupted: bool = False
 
@@ -136,7 +139,7 @@ class Frozen:
             raise
         finally:
             self._injecting = False
-            self._nr_places_used = 0
+            self._leader_has_place = False
 
     def child_fork(self, remote: Injection | None = None) -> ForkedCopy:
         """A frozen copy of the target's memory: a forked child that never runs.  See `fork.fork_copy`."""
@@ -154,35 +157,35 @@ class Frozen:
 
     # ---- for the injection
 
-    @property
     def is_go(self) -> bool:
-        self._look_for_places()
-        return self._is_go
+        """Is the main program written in Go?"""
+        return is_go_program(self.mem, maps.read_maps(self.pid), exe_identity(self.pid))
 
     def free_place(self) -> SlotPlace | None:
-        """A place for a slot that no injection of this freeze holds."""
-        self._look_for_places()
-        assert self._places is not None
-        if self._nr_places_used >= min(len(self._places), 2):
-            # a finished thread's place is zero again: all but the leader's take turns
-            return self._places[1] if len(self._places) > 1 and self._nr_places_used else None
-        self._nr_places_used += 1
-        return self._places[self._nr_places_used - 1]
-
-    def _look_for_places(self) -> None:
+        """A place for a slot that no injection of this freeze holds: the leader's, or that of all others in turn."""
         if self._places is None:
-            vmas = maps.read_maps(self.pid)
-            exe = exe_identity(self.pid)
-            self._places = find_places(self.mem, vmas, [thread.regs for thread in self.threads.values()], exe)
-            self._is_go = is_go_program(self.mem, vmas, exe)
-            for place in self._places:
-                if place.stale:
-                    self.force_write(place.address, bytes(SLOT_SIZE))
+            self._places = self._look_for_places()
+        first, self._leader_has_place = not self._leader_has_place, True
+        if first:
+            return self._places[0] if self._places else None
+        return self._places[1] if len(self._places) > 1 else None
 
-    def ids_inside(self, tid: int) -> tuple[int, int]:
-        """(pid, tid) in the target's own pid namespace."""
-        status = process.read_status(self.pid, tid)
-        return int(status["NStgid"].split()[-1]), int(status["NSpid"].split()[-1])
+    def _look_for_places(self) -> list[SlotPlace]:
+        regs = [thread.regs for thread in self.threads.values()]
+        # the vdso nearly always has room, and finding it takes one line of maps
+        with open(f"/proc/{self.pid}/maps", "rb") as file:
+            text = file.read()
+        line = _VDSO_LINE.search(text)
+        vdso = list(maps.parse_maps(line[0])) if line else []
+        places = find_places(self.mem, vdso, regs, None, _NR_PLACES)
+        if len(places) < _NR_PLACES:
+            places = find_places(
+                self.mem, list(maps.parse_maps(text)), regs, exe_identity(self.pid), _NR_PLACES
+            )
+        for place in places:
+            if place.stale:
+                self.force_write(place.address, bytes(SLOT_SIZE))
+        return places
 
     def force_write(self, address: int, data: bytes) -> None:
         """Write past page protection; by ptrace where the kernel forbids it to /proc/PID/mem."""
@@ -301,7 +304,8 @@ def _stop_all(frozen: Frozen, deadline: float) -> None:
 def _in_left_behind(frozen: Frozen) -> list[int]:
     """Threads on their way home through a dead agent's slot or runner."""
     left_behind = LeftBehind(frozen.mem)
-    return [tid for tid in frozen._held if left_behind.holds(UserRegs.from_bytes(ptrace.get_regs(tid)).rip)]
+    frozen._regs = {tid: UserRegs.from_bytes(ptrace.get_regs(tid)) for tid in frozen._held}
+    return [tid for tid, regs in frozen._regs.items() if left_behind.holds(regs.rip)]
 
 
 def _seize_new(frozen: Frozen) -> set[int]:
@@ -478,7 +482,7 @@ def _bury(pid: int, tid: int) -> None:
 def _read_threads(frozen: Frozen, blocked: dict[int, BlockedCall]) -> None:
     hit("freeze.all_stopped")
     for tid, group_stopped in sorted(frozen._held.items()):
-        regs = UserRegs.from_bytes(ptrace.get_regs(tid))
+        regs = frozen._regs[tid]
         if regs.cs != CS_64BIT:
             raise Unsupported(
                 f"thread {tid} of process {frozen.pid} runs 32-bit code",

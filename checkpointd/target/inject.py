@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,6 @@ from checkpointd.errors import TargetGone, Unsupported
 from checkpointd.linux import ptrace
 from checkpointd.linux.seccomp import MODE_FILTER, MODE_STRICT
 from checkpointd.memory import PAGE_SIZE
-from checkpointd.procfs import process
 from checkpointd.target import rendezvous
 from checkpointd.target.attachable import gone, is_dead_thread
 from checkpointd.target.blobs import RUNNER, RUNNER_RDV, RUNNER_RUN
@@ -68,19 +68,22 @@ _NR_ENTRIES = _BANK_SIZE // _ENTRY_SIZE - 1
 _MAX_UNDO = 48
 _TABLES_SIZE = PAGE_SIZE + 2 * _BANK_SIZE
 _DEFAULT_SCRATCH = 3 * PAGE_SIZE
+_STATUS_LINES = re.compile(rb"^(Seccomp|NStgid|NSpid|S[ih][gd]\w+):\t(.*)$", re.MULTILINE)
 _SOME_ADDRESS = 0x7F00_0000_0000
 
 
 class _Way:
     """One thread's way through a slot and home again."""
 
-    def __init__(self, frozen: Frozen, thread: FrozenThread, place: SlotPlace, signum: int) -> None:
+    def __init__(
+        self, frozen: Frozen, thread: FrozenThread, place: SlotPlace, signum: int, ids: tuple[int, int]
+    ) -> None:
         self.frozen = frozen
         self.thread = thread
         self.place = place
         self.signum = signum
         self.regs = thread.regs.copy()
-        self.ids = frozen.ids_inside(thread.tid)
+        self.ids = ids
 
     def start(self, nr: int, args: Sequence[int], map_size: int) -> UserRegs:
         """Make the first call; registers at rendezvous A (the result is in r12)."""
@@ -160,16 +163,17 @@ class Injection:
             blockers.append("no executable mapping has unused room for the way home")
         if ptrace.get_syscall_dispatch_mode(tid):
             blockers.append("it dispatches its own system calls (PR_SET_SYSCALL_USER_DISPATCH)")
-        status = process.read_status(frozen.pid, tid)
+        status = read_status(frozen.pid, tid)
+        ids = int(status["NStgid"].split()[-1]), int(status["NSpid"].split()[-1])
         mode = int(status.get("Seccomp", "0"))
         if mode == MODE_STRICT:
             blockers.append("it runs under strict seccomp")
         elif mode == MODE_FILTER and place is not None:
-            blockers += self._read_filters(tid, place)
+            blockers += self._read_filters(tid, place, ids)
         if blockers or place is None:
             raise self._refuse(tid, blockers)
         signum = rendezvous.choose_signal(status, thread.sigmask, is_go=frozen.is_go)
-        return _Way(frozen, thread, place, signum)
+        return _Way(frozen, thread, place, signum, ids)
 
     def _refuse(self, tid: int, blockers: list[str]) -> Unsupported:
         return Unsupported(
@@ -179,13 +183,12 @@ class Injection:
             blockers=blockers,
         )
 
-    def _read_filters(self, tid: int, place: SlotPlace) -> list[str]:
+    def _read_filters(self, tid: int, place: SlotPlace, ids: tuple[int, int]) -> list[str]:
         try:
             filters = self._filters[tid] = Filters.of_thread(tid)
         except OSError as error:
             name = errno.errorcode.get(error.errno or 0, "?")
             return [f"it has a seccomp filter that cannot be read ({name}; CAP_SYS_ADMIN is needed)"]
-        ids = self._frozen.ids_inside(tid)
         infrastructure = [
             (
                 "mmap",
@@ -450,6 +453,12 @@ class Injection:
         self._standing_undo.append(Call(NR_MUNMAP, (base, size)))
         self._scratch.append((base, base + size))
         self._scratch_at = base
+
+
+def read_status(pid: int, tid: int) -> dict[str, str]:
+    """The lines of /proc/PID/task/TID/status that an injection needs (all of them would take ten times longer)."""
+    with open(f"/proc/{pid}/task/{tid}/status", "rb") as file:
+        return {key.decode(): value.decode() for key, value in _STATUS_LINES.findall(file.read())}
 
 
 def _with_results(call: Call, results: Sequence[int]) -> Call:

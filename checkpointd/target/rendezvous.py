@@ -11,7 +11,7 @@ Source: Linux kernel/signal.c (sig_ignored, ptrace_signal), facts measured on 6.
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from checkpointd.errors import TargetExeced
 from checkpointd.linux import ptrace
@@ -26,14 +26,14 @@ _UNFIT = frozenset(
 )
 
 
-def choose_signal(status: Mapping[str, str], sigmask: int, *, is_go: bool) -> int:
+def choose_signal(status: Mapping[str, str], sigmask: int, *, is_go: Callable[[], bool]) -> int:
     """The rendezvous signal for a thread; 0 when no signal is safe.
 
     Args:
         status: /proc/PID/task/TID/status.
         sigmask: the thread's blocked signals.
-        is_go: Go's runtime catches every signal, but its SIGURG handler bears strays (it is sent them for
-            preemption) and runs on a stack of its own.
+        is_go: is it a Go program?  Go's runtime catches every signal, but its SIGURG handler bears strays (it is
+            sent them for preemption) and runs on a stack of its own.
     """
     taken = sigmask | int(status.get("SigPnd", "0"), 16) | int(status.get("ShdPnd", "0"), 16)
     caught = int(status.get("SigCgt", "0"), 16)
@@ -48,7 +48,7 @@ def choose_signal(status: Mapping[str, str], sigmask: int, *, is_go: bool) -> in
     for signum in range(1, 65):
         if signum not in _UNFIT and has(ignored, signum) and not has(taken, signum):
             return signum
-    if is_go and not has(taken, signal.SIGURG):
+    if not has(taken, signal.SIGURG) and is_go():
         return int(signal.SIGURG)
     return 0
 

@@ -244,15 +244,19 @@ def find_places(
     vmas: Sequence[Vma],
     threads: Sequence[UserRegs],
     exe: tuple[tuple[int, int], int] | None,
+    nr_wanted: int,
 ) -> list[SlotPlace]:
     """Places for slots, best first; empty when the target has no padding to spare.
 
     Args:
         threads: registers of every thread of the (frozen) target.
+        nr_wanted: look at no further mapping once there are so many.
     """
     places: list[SlotPlace] = []
     somebody_runs_ours: bool | None = None
     for vma in _hosts(vmas, exe):
+        if len(places) >= nr_wanted:
+            break
         floor = max(_padding_start(mem, vma, vmas), vma.end - PAGE_SIZE)
         if vma.end - floor < SLOT_SIZE:
             continue

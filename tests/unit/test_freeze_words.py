@@ -107,14 +107,14 @@ def status(**masks):
 
 
 def test_rendezvous_signal():
-    assert choose_signal(status(), 0, is_go=False) == 23
-    assert choose_signal(status(SigCgt={23}), 0, is_go=False) == 28
-    assert choose_signal(status(SigCgt={23, 28}), 1 << 16, is_go=False) == 0
-    assert choose_signal(status(SigCgt={23, 28}, SigIgn={13}), 1 << 16, is_go=False) == 13
-    assert choose_signal(status(SigCgt={17, 23, 28}), 0, is_go=True) == 23
-    assert choose_signal(status(SigCgt={17, 23, 28}, SigPnd={23}), 0, is_go=True) == 0
-    assert choose_signal(status(ShdPnd={23}), 0, is_go=False) == 28
-    assert choose_signal(status(SigCgt={17, 23, 28}, SigIgn={5, 18, 22}), 0, is_go=False) == 0
+    assert choose_signal(status(), 0, is_go=lambda: False) == 23
+    assert choose_signal(status(SigCgt={23}), 0, is_go=lambda: False) == 28
+    assert choose_signal(status(SigCgt={23, 28}), 1 << 16, is_go=lambda: False) == 0
+    assert choose_signal(status(SigCgt={23, 28}, SigIgn={13}), 1 << 16, is_go=lambda: False) == 13
+    assert choose_signal(status(SigCgt={17, 23, 28}), 0, is_go=lambda: True) == 23
+    assert choose_signal(status(SigCgt={17, 23, 28}, SigPnd={23}), 0, is_go=lambda: True) == 0
+    assert choose_signal(status(ShdPnd={23}), 0, is_go=lambda: False) == 28
+    assert choose_signal(status(SigCgt={17, 23, 28}, SigIgn={5, 18, 22}), 0, is_go=lambda: False) == 0
 
 
 def test_tracepoint_rules():
