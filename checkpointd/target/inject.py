@@ -300,7 +300,9 @@ class Injection:
         bank = 1 - self._bank
         at = self._banks[bank]
         nr_after = nr_before + len(part)
-        work = [self._encode(call, known, nr_before, nr_after, bank, flags) for call in part]
+        work = [
+            self._encode(call, known, nr_before, nr_before + n, bank, flags) for n, call in enumerate(part)
+        ]
         undo_entries = [
             self._encode(call, known, nr_before, nr_after, bank)
             for call in undo

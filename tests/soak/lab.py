@@ -79,7 +79,14 @@ class Target:
     """One running program of tests/programs, found by what it writes into its shared file."""
 
     def __init__(
-        self, programs: dict[str, Path], kind: str, mode: str, where: Path, *, tolerant: bool = True
+        self,
+        programs: dict[str, Path],
+        kind: str,
+        mode: str,
+        where: Path,
+        *,
+        tolerant: bool = True,
+        extra: tuple[str, ...] = (),
     ) -> None:
         self.name = f"{kind}-{mode}" if mode else kind
         self.mode = mode or kind
@@ -87,7 +94,13 @@ class Target:
         path.write_bytes(bytes(4096))
         with path.open("r+b") as file:
             self._shm = mmap.mmap(file.fileno(), 4096)
-        command = [programs[kind], *([mode] if mode else []), path, *(["tolerant"] if tolerant else [])]
+        command = [
+            programs[kind],
+            *([mode] if mode else []),
+            path,
+            *(["tolerant"] if tolerant else []),
+            *extra,
+        ]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self.pid = self.process.pid
         try:
