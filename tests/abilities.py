@@ -160,7 +160,8 @@ def _precise() -> bool:
 
 
 def _io_uring() -> bool:
-    fd = _syscall(425, 4, ctypes.addressof(ctypes.create_string_buffer(120)))
+    parameters = ctypes.create_string_buffer(120)  # kept: the kernel writes to it
+    fd = _syscall(425, 4, ctypes.addressof(parameters))
     os.close(fd)
     return True
 
