@@ -31,6 +31,7 @@ SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000
 MLOCK_ONFAULT = 1
 MADV_GUARD_INSTALL = 102
 
+_LOCK_ON_FAULT = frozenset({"lf", "??"})  # VM_LOCKONFAULT had no name of its own in smaps once
 _STACK_GUARD_GAP = 256 * PAGE_SIZE
 _PROT_EXEC = 4
 # smaps flag to madvise(2) advice
@@ -239,17 +240,16 @@ def finishing_steps(space: AddressSpace, remote: Remote) -> list[Step]:
         if is_raised(vma):
             args = (vma.start, vma.end - vma.start, vma.prot)
             steps.append(Step(Call(Nr.MPROTECT, args), f"protecting {describe(vma)}"))
-    for vma in space.vmas:
+    # a guard marks its whole mapping, and a locked mapping takes none: lock first what has none
+    for vma in sorted(space.vmas, key=lambda one: bool(one.guards)):
         steps += [
             Step(Call(Nr.MADVISE, (start, end - start, MADV_GUARD_INSTALL)), f"guarding {start:x}-{end:x}")
             for start, end in vma.guards
         ]
-    for vma in space.vmas:
         if "lo" in vma.flags:
-            # VM_LOCKONFAULT has no name of its own in smaps
-            flags = MLOCK_ONFAULT if "??" in vma.flags else 0
-            args = (vma.start, vma.end - vma.start, flags)
-            steps.append(Step(Call(Nr.MLOCK2, args), f"locking {describe(vma)}", may_fail=not vma.prot))
+            flags = MLOCK_ONFAULT if _LOCK_ON_FAULT & vma.flags else 0
+            lock_args = (vma.start, vma.end - vma.start, flags)
+            steps.append(Step(Call(Nr.MLOCK2, lock_args), f"locking {describe(vma)}", may_fail=not vma.prot))
     for vma in space.vmas:
         prefix = "[anon_shmem:" if vma.shared else "[anon:"
         if vma.path.startswith(prefix):

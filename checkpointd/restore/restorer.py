@@ -306,8 +306,9 @@ class _Restorer:
             self.warnings += thread_steps.renumber(stub, state, tids)
         for thread in state.threads:
             thread_steps.warm_tiles(stub, thread, tids[thread.tid])
-        # signals and timers need the privileges we still have; the leader's table comes before it becomes itself
+        # all that needs privileges comes before the threads become who they were
         stub.run(self._signal_steps(stub, tids))
+        self._limits(stub)
         stub.run_all(
             {
                 tids[thread.tid]: thread_steps.own_steps(stub, thread, tids[thread.tid], self.ours)
@@ -316,7 +317,8 @@ class _Restorer:
         )
         self._last_words(stub)
         stub.reset()
-        self._from_outside(stub, tids)
+        for thread in state.threads:
+            self._schedule(tids[thread.tid], thread.scheduling)
         self._mark("threads")
         if self.options.before_release is not None:
             self.options.before_release(stub)
@@ -425,8 +427,8 @@ class _Restorer:
         if self.files is not None:
             stub.batch(after_credentials(self.files))
 
-    def _from_outside(self, stub: Stub, tids: dict[int, int]) -> None:
-        """Limits, scheduling and the like, set by us."""
+    def _limits(self, stub: Stub) -> None:
+        """Limits and the like, set by us while it is still our user's (prlimit(2))."""
         state = self.process
         for limit in state.limits:
             try:
@@ -441,15 +443,10 @@ class _Restorer:
         self._write_proc(stub.pid, "oom_score_adj", str(state.oom_score_adj))
         if state.coredump_filter is not None:
             self._write_proc(stub.pid, "coredump_filter", hex(state.coredump_filter))
-        for thread in state.threads:
-            self._schedule(tids[thread.tid], thread.scheduling)
 
     def _write_proc(self, pid: int, name: str, value: str) -> None:
         path = Path(f"/proc/{pid}/{name}")
         try:
-            if int(path.read_text(encoding="ascii"), 0 if value.startswith("0x") else 10) != int(value, 0):
-                path.write_text(value, encoding="ascii")
-        except ValueError:
             path.write_text(value, encoding="ascii")
         except OSError as error:
             self.warnings.append(f"its {name} could not be set to {value}: {error.strerror}")

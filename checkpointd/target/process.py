@@ -255,7 +255,7 @@ def capture_process(
             cwd=os.readlink(f"/proc/{pid}/cwd"),
             root=os.readlink(f"/proc/{pid}/root"),
             umask=int(status["Umask"], 8),
-            limits=tuple(Limit(n, *prlimit.get_limit(pid, n)) for n in range(prlimit.NR_LIMITS)),
+            limits=parse_limits(Path(f"/proc/{pid}/limits").read_text(encoding="ascii")),
             dumpable=asked.dumpable,
             personality=int(Path(f"/proc/{pid}/personality").read_text(encoding="ascii"), 16),
             oom_score_adj=int(Path(f"/proc/{pid}/oom_score_adj").read_text(encoding="ascii")),
@@ -292,6 +292,17 @@ def host(boot_id: str) -> Host:
         monotonic_ns=time.monotonic_ns(),
         boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
     )
+
+
+def parse_limits(text: str) -> tuple[Limit, ...]:
+    """/proc/PID/limits, whose lines are in the order of RLIMIT_* (prlimit(2) would want CAP_SYS_RESOURCE)."""
+    found = []
+    for resource, line in enumerate(text.splitlines()[1 : 1 + prlimit.NR_LIMITS]):
+        soft, hard = (
+            prlimit.RLIM_INFINITY if word == "unlimited" else int(word) for word in line[26:].split()[:2]
+        )
+        found.append(Limit(resource, soft, hard))
+    return tuple(found)
 
 
 def _coredump_filter(pid: int) -> int | None:

@@ -63,8 +63,9 @@ def _interval_timers(remote: Remote, address: int) -> tuple[IntervalTimer, ...]:
         value, interval = timer.unpack_itimerval(
             remote.read(address + which * timer.ITIMERSPEC_BYTES, timer.ITIMERSPEC_BYTES)
         )
-        if value:
-            found.append(IntervalTimer(which, value, interval))
+        if value or interval:
+            # off but with an interval: it fired, and starts anew when its pending SIGALRM is delivered
+            found.append(IntervalTimer(which, value or interval, interval))
     return tuple(found)
 
 

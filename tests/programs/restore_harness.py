@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from checkpointd.memory import NO_PAGES, NO_RUNS, PAGE_SHIFT, PAGE_SIZE, PRIVATE_OBJECT, VmaKind
+from checkpointd.memory import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, PRIVATE_OBJECT, VmaKind, runs_of
 from checkpointd.procfs import maps
 from checkpointd.restore.restorer import Restored, RestoreOptions, restore_process
 from checkpointd.state import codec
@@ -27,7 +27,7 @@ from checkpointd.target.freeze import freeze
 from checkpointd.target.memory import capture_address_space, data_extents
 from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
 
-_PRESENT, _SWAPPED, _FILE = 1 << 63, 1 << 62, 1 << 61
+_PRESENT, _SWAPPED, _FILE, _GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
 _PRIVATE = (VmaKind.ANON, VmaKind.FILE_PRIVATE)
 _CHUNK_PAGES = 1024
 
@@ -76,7 +76,7 @@ def capture(
     with freeze(pid) as frozen:
         started = time.monotonic_ns()
         vmas = maps.read_smaps(pid)
-        space = capture_address_space(pid, vmas, NO_RUNS)
+        space = capture_address_space(pid, vmas, _guards(pid, vmas))
         with frozen.inject() as remote:
             process = capture_process(frozen, remote, memory, draft)
         files = capture_files(frozen, space.object_ids).state if with_files else None
@@ -91,6 +91,19 @@ def capture(
     return Captured(image, codec.decode(ImageState, codec.encode(state)), frozen_us)
 
 
+def _guards(pid: int, vmas: list[maps.Vma]) -> npt.NDArray[np.uint64]:
+    """Runs of guard pages."""
+    found = [NO_PAGES]
+    with open(f"/proc/{pid}/pagemap", "rb") as pagemap:
+        for vma in vmas:
+            if vma.kind in _PRIVATE:
+                pagemap.seek(vma.first_page * 8)
+                words = np.frombuffer(pagemap.read(vma.nr_pages * 8), dtype=np.uint64)
+                at = np.flatnonzero(words & np.uint64(_GUARD))
+                found.append(at.astype(np.uint64) + np.uint64(vma.first_page))
+    return runs_of(np.concatenate(found))
+
+
 def _read_private(pid: int, vmas: list[maps.Vma], whole: set[int], image: MemoryImage) -> None:
     found = image.content.setdefault(PRIVATE_OBJECT, {})
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as mem, open(f"/proc/{pid}/pagemap", "rb") as pagemap:
@@ -99,7 +112,7 @@ def _read_private(pid: int, vmas: list[maps.Vma], whole: set[int], image: Memory
                 continue
             pagemap.seek(vma.first_page * 8)
             words = np.frombuffer(pagemap.read(vma.nr_pages * 8), dtype=np.uint64)
-            has = (words & np.uint64(_PRESENT | _SWAPPED)) != 0
+            has = ((words & np.uint64(_PRESENT | _SWAPPED)) != 0) & ((words & np.uint64(_GUARD)) == 0)
             if vma.start in whole:
                 has[:] = True
             elif vma.kind is VmaKind.FILE_PRIVATE:

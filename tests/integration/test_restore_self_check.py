@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that prove to themselves that they came back whole: captured, killed, restored with the same ids."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from checkpointd.linux import capability as cap
+from checkpointd.target.process import SleepMemory
+from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore
+
+SOURCE = Path(__file__).parent.parent / "programs" / "restore_self_check.c"
+pytestmark = pytest.mark.skipif(
+    not cap.has(cap.effective(), cap.CAP_CHECKPOINT_RESTORE) or os.geteuid() != 0,
+    reason="choosing process ids needs root",
+)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The program, linked both ways."""
+    directory = tmp_path_factory.mktemp("self-check")
+    found = {}
+    for name, flags in (("dynamic", ["-fPIE", "-pie"]), ("static", ["-static"])):
+        found[name] = directory / f"self_check_{name}"
+        subprocess.run(
+            ["gcc", "-O1", "-w", "-D_GNU_SOURCE", *flags, "-o", found[name], SOURCE, "-lpthread"], check=True
+        )
+    return found
+
+
+@dataclass
+class Target:
+    """One run of the program."""
+
+    child: subprocess.Popen[bytes]
+    directory: Path
+    pid: int
+
+    @property
+    def log(self) -> list[str]:
+        path = self.directory / "log"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_for(self, line: str, timeout_s: float = 40.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while line not in self.log:
+            assert Path(f"/proc/{self.pid}").exists(), f"it died: {self.log}"
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            assert state != "Z" or line in self.log, f"it died: {self.log}"
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.005)
+
+    def go_on(self, dead_ns: int) -> None:
+        staged = self.directory / "control.new"
+        staged.write_text(str(dead_ns))
+        staged.chmod(0o644)
+        staged.rename(self.directory / "control")
+
+
+@pytest.fixture
+def start(programs: dict[str, Path]) -> Iterator[object]:
+    started: list[Target] = []
+    shared = Path(tempfile.mkdtemp(prefix="checkpointd-restore-"))  # other users cannot look into tmp_path
+    shared.chmod(0o777)
+
+    def run(group: str, *extra: str, linked: str = "dynamic") -> Target:
+        child = subprocess.Popen(
+            [programs[linked], group, shared / "log", shared / "control", *extra],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        target = Target(child, shared, child.pid)
+        started.append(target)
+        target.wait_for("ready")
+        return target
+
+    yield run
+    for target in started:
+        if target.child.poll() is None:
+            kill_and_reap(target.child)
+        if Path(f"/proc/{target.pid}").exists():
+            kill_and_reap(target.pid)
+    shutil.rmtree(shared)
+
+
+def cycle(target: Target, memory: SleepMemory, nr: int, *, pause_s: float = 0.0) -> tuple[Captured, int]:
+    """Capture, kill and restore `nr` times; the last capture and the nanoseconds it did not exist."""
+    dead_ns = 0
+    for n in range(nr):
+        captured = capture(target.pid, memory, kill=True)
+        died_ns = captured.state.process.host.monotonic_ns
+        kill_and_reap(target.child if n == 0 else target.pid)
+        time.sleep(pause_s)
+        restored = restore(captured)
+        dead_ns += time.monotonic_ns() - died_ns
+        memory = restored.sleeps
+        assert restored.pid == target.pid
+        assert restored.tids == {thread.tid: thread.tid for thread in captured.state.process.threads}
+    return captured, dead_ns
+
+
+def check(target: Target, dead_ns: int) -> list[str]:
+    target.go_on(dead_ns)
+    target.wait_for("done")
+    failures = [line for line in target.log if not line.startswith(("ok ", "ready", "done"))]
+    assert not failures, "\n".join(failures)
+    return target.log
+
+
+@pytest.mark.parametrize("linked", ["dynamic", "static"])
+@pytest.mark.parametrize("group", ["cpu", "threads", "signals", "timers", "identity"])
+def test_group_comes_back_whole(start, group: str, linked: str) -> None:
+    target = start(group, linked=linked)
+    _, dead_ns = cycle(target, SleepMemory(), 1)
+    log = check(target, dead_ns)
+    assert sum(line.startswith("ok ") for line in log) >= 1
+
+
+@pytest.mark.parametrize("group", ["cpu", "threads", "signals", "timers"])
+def test_group_survives_many_cycles(start, group: str) -> None:
+    target = start(group)
+    _, dead_ns = cycle(target, SleepMemory(), 6)
+    check(target, dead_ns)
+
+
+@pytest.mark.parametrize("how", ["user", "caps"])
+def test_credentials_come_back(start, how: str) -> None:
+    target = start("identity", how)
+    _, dead_ns = cycle(target, SleepMemory(), 2)
+    check(target, dead_ns)
+
+
+def test_memory_of_every_kind_comes_back(start, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    target = start("memory", str(tmp_path / "files"))
+    _, dead_ns = cycle(target, SleepMemory(), 2)
+    check(target, dead_ns)
+
+
+@pytest.mark.parametrize("nr_cycles", [1, 3])
+def test_sleeps_go_on(start, nr_cycles: int) -> None:
+    target = start("sleeps")
+    captured, dead_ns = cycle(target, SleepMemory(), nr_cycles, pause_s=0.1)
+    assert sum(thread.sleep is not None for thread in captured.state.process.threads) >= 6
+    check(target, dead_ns)
