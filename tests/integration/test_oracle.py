@@ -200,3 +200,19 @@ def test_unchanged_memory_costs_nothing_in_the_next_generation(target: OracleTar
             assert image.stats["pages_skipped_parent"] >= 50
     finally:
         engine.close()
+
+
+@pytest.mark.timeout(60, method="signal")
+@pytest.mark.needs("io_uring")
+def test_kernel_worker_of_a_closed_ring_is_no_thread_of_the_target(target: OracleTarget) -> None:
+    """io_uring's workers stay among the tasks for seconds after the ring is closed; nothing can be injected there."""
+    engine = _engine("content")
+    try:
+        for line in ("ring 0 open 3", "ring 0 read 0 1 5", "ring 0 close"):
+            assert target.play(line) >= 0, line
+        _freeze(target, engine, incremental=False)
+        for line in ("ring 0 open 3", "ring 0 read 0 1 6", "ring 0 close"):
+            assert target.play(line) >= 0, line
+        _freeze(target, engine, incremental=True)
+    finally:
+        engine.close()
