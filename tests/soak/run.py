@@ -24,8 +24,8 @@ from pathlib import Path
 from tests.soak import lab
 from tests.soak.sessions import ALL
 
-SESSION_WEIGHTS = {"plain": 1, "inject": 4, "twice": 2, "copy": 3, "fail": 1}
-MAX_RANDOM_DELAY_US = 12_000
+SESSION_WEIGHTS = {"plain": 1, "inject": 4, "twice": 2, "copy": 3, "fail": 1, "dump": 2}
+MAX_RANDOM_DELAY_US = {"dump": 400_000}  # other sessions: 12 ms
 
 
 def scenarios(programs: dict[str, Path]) -> Iterator[tuple[str, str, bool]]:
@@ -54,7 +54,7 @@ class Campaign:
         """About `nr_kills` kills on one fresh target: half at trace points, half at random instants."""
         name = f"{program} {mode}".strip() + (" (no signal)" if sig0 else "")
         start = self.tally.kills
-        with lab.Zygote() as zygote:
+        with lab.Zygote(self.where / "stores") as zygote:
             target = lab.Target(self.programs, program, mode, self.where)
             try:
                 points = {s: lab.dry_run(zygote, target, s, sig0=sig0) for s in ALL}
@@ -66,7 +66,7 @@ class Campaign:
                             zygote, target, session, at + 1, self.tally, points[session][at], sig0=sig0
                         )
                     else:
-                        delay_us = self.random.randrange(MAX_RANDOM_DELAY_US)
+                        delay_us = self.random.randrange(MAX_RANDOM_DELAY_US.get(session, 12_000))
                         lab.kill_after(zygote, target, session, delay_us, self.tally, sig0=sig0)
                     self.by_session[session] += 1
                 lab.finish(zygote, target)

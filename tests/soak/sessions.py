@@ -6,6 +6,10 @@ Each session, when nobody kills it, leaves the target exactly as it was.
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 from checkpointd.linux.process_vm import read_mem
 from checkpointd.target import fork
 from checkpointd.target.freeze import freeze
@@ -80,4 +84,19 @@ def clean(pid: int) -> int:
         return fork.reap_strays(remote)
 
 
-ALL = {"plain": plain, "inject": inject, "twice": twice, "copy": copy, "fail": fail}
+def dump(pid: int) -> None:
+    """Track, a full dump, an incremental one, untrack: the whole agent's work, in a store of its own."""
+    from checkpointd.dump.dump import DumpOptions, dumper
+    from checkpointd.image.store import Store
+
+    with tempfile.TemporaryDirectory(dir=os.environ.get("SOAK_STORES")) as folder:
+        store = str(Path(folder) / "store")
+        with dumper(pid) as one:
+            Store.open(store, create=True)
+            one.track()
+            one.dump(DumpOptions(store=store, read_mode="stopped"))
+            one.dump(DumpOptions(store=store, incremental=True, read_mode="fork"))
+            one.untrack()
+
+
+ALL = {"plain": plain, "inject": inject, "twice": twice, "copy": copy, "fail": fail, "dump": dump}

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 
 from checkpointd import tracepoint
 from tests.soak import sessions
@@ -43,6 +45,7 @@ def _child(request: dict, report: int) -> None:
 
 
 def serve() -> None:
+    stores = os.environ.get("SOAK_STORES")
     for line in sys.stdin:
         request = json.loads(line)
         receive, send = os.pipe()
@@ -62,6 +65,9 @@ def serve() -> None:
             report += part
         os.close(receive)
         _, status = os.waitpid(child, 0)
+        if stores:
+            for left in Path(stores).iterdir():
+                shutil.rmtree(left, ignore_errors=True)
         answer = {"hits": 0, "names": [], "error": ""}
         if report:
             try:
