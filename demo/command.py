@@ -44,7 +44,8 @@ class Checkpoint:
         run.mkdir(mode=0o700)
         self._program = str(Path(sys.executable).parent / "checkpoint")
         self._environ = dict(os.environ)
-        self._environ["CHECKPOINT_SOCKET"] = str(run / "checkpointd.sock")
+        self.socket = str(run / "checkpointd.sock")
+        self._environ["CHECKPOINT_SOCKET"] = self.socket
         self._environ["CHECKPOINT_STORE"] = str(self.store)
 
     def __call__(self, *words: str, timeout: float = 300) -> dict[str, Any]:
