@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parsers and values of process, thread and signal state."""
+
+from __future__ import annotations
+
+import pytest
+
+from checkpointd.errors import ImageDamaged
+from checkpointd.linux import capability as cap
+from checkpointd.linux import signal as sig
+from checkpointd.linux import timer
+from checkpointd.linux.arch import Nr
+from checkpointd.memory import TASK_SIZE, Vma, VmaKind
+from checkpointd.restore.credentials import credential_steps, missing_rights
+from checkpointd.restore.signals import action_steps, timer_steps
+from checkpointd.restore.threads import checked_xstate
+from checkpointd.state import codec
+from checkpointd.state.process import Limit
+from checkpointd.state.signals import PosixTimer, SignalAction, SignalsState
+from checkpointd.state.threads import AltStack, Credentials, Rseq, Scheduling, Sleep, ThreadState
+from checkpointd.target.process import parse_limits, vma_blockers
+from checkpointd.target.remote import Call
+from checkpointd.target.signals import parse_timers
+from checkpointd.target.threads import RememberedSleep, SleepMemory
+
+TIMERS = """ID: 3
+signal: 35/00007ffe00001092
+notify: thread/tid.4711
+ClockID: 1
+ID: 1
+signal: 0/0000000000000000
+notify: none/pid.4700
+ClockID: -6
+ID: 2
+signal: 14/0000000000000007
+notify: signal/pid.4700
+ClockID: 0
+"""
+LIMITS = """Limit                     Soft Limit           Hard Limit           Units     
+Max cpu time              unlimited            unlimited            seconds   
+Max file size             unlimited            unlimited            bytes     
+Max data size             1000                 unlimited            bytes     
+Max stack size            8388608              unlimited            bytes     
+"""
+ROOT = (1 << 41) - 1
+
+
+class Scratch:
+    """The part of a `Remote` that steps are made with."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.memory: dict[int, bytes] = {}
+        self.at = 0x1000
+
+    def put(self, data: bytes) -> int:
+        self.at += 0x100 * (1 + len(data) // 0x100)
+        self.memory[self.at] = data
+        return self.at
+
+    def alloc(self, size_bytes: int) -> int:
+        return self.put(bytes(size_bytes))
+
+    def batch(self, calls: object, *, undo: object = (), tid: int | None = None) -> list[int]:
+        raise NotImplementedError
+
+    def call(self, nr: int, *args: int) -> int:
+        raise NotImplementedError
+
+    def read(self, address: int, size_bytes: int) -> bytes:
+        return self.memory[address][:size_bytes]
+
+    def reset(self) -> None:
+        self.memory.clear()
+
+
+def credentials(**changes: object) -> Credentials:
+    fields: dict[str, object] = dict.fromkeys(
+        ("ruid", "euid", "suid", "fsuid", "rgid", "egid", "sgid", "fsgid", "inheritable", "ambient"), 0
+    )
+    fields |= {"groups": (), "permitted": ROOT, "effective": ROOT, "bounding": ROOT}
+    return Credentials(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def thread(**changes: object) -> ThreadState:
+    fields: dict[str, object] = {
+        "tid": 7,
+        "name": "odd \udcff name\n",
+        "regs": bytes(216),
+        "xstate": b"",
+        "xstate_size_bytes": 832,
+        "sigmask": 1 << 63,
+        "alt_stack": AltStack(0x1000, 0, 8192),
+        "robust_list": (0x2000, 24),
+        "rseq": Rseq(0x3000, 32, 0x53053053),
+        "clear_child_tid": 0x4000,
+        "pdeath_signal": 9,
+        "credentials": credentials(),
+        "scheduling": Scheduling(0, 0, -5, 0, 0, 0, 0, (0, 3), 4, 50000),
+        "pending": (bytes(128),),
+        "sleep": Sleep(35, (1, 2, 3, 4, 5, 6), 17),
+    }
+    return ThreadState(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_state_survives_json() -> None:
+    state = thread()
+    assert codec.decode(ThreadState, codec.encode(state)) == state
+
+
+def test_timers_are_parsed_in_order_of_id() -> None:
+    one, two, three = parse_timers(TIMERS)
+    assert (one.id, one.clock, one.notify) == (1, -6, timer.SIGEV_NONE)
+    assert (two.id, two.signal, two.value, two.notify) == (2, 14, 7, timer.SIGEV_SIGNAL)
+    assert three.tid == 4711
+    assert three.value == 0x7FFE00001092
+    assert three.notify & timer.SIGEV_THREAD_ID
+
+
+def test_limits_are_parsed() -> None:
+    unlimited = (1 << 64) - 1
+    assert parse_limits(LIMITS)[2:] == (Limit(2, 1000, unlimited), Limit(3, 8388608, unlimited))
+
+
+def test_itimerval_of_a_running_timer_is_never_zero() -> None:
+    assert timer.unpack_itimerval(timer.pack_itimerval(1, 0)) == (1000, 0)
+    assert timer.unpack_itimerval(timer.pack_itimerval(1_500_000_000, 2_000)) == (1_500_000_000, 2_000)
+    assert timer.unpack_itimerspec(timer.pack_itimerspec(5_000_000_001, 3)) == (5_000_000_001, 3)
+
+
+def test_stack_and_action_layouts() -> None:
+    assert len(sig.pack_stack(1, 2, 3)) == sig.STACK_BYTES
+    assert sig.unpack_stack(sig.pack_stack(1, 2, 3)) == (1, 2, 3)
+    assert sig.unpack_sigaction(sig.pack_sigaction(1, 2, 3, 4)) == (1, 2, 3, 4)
+    assert len(timer.pack_sigevent(1, 2, 3, 4)) == timer.SIGEVENT_BYTES
+    assert len(cap.pack_data(1, 2, 3)) == 24
+
+
+def test_every_action_is_set_but_the_runner_s_own() -> None:
+    state = SignalsState((SignalAction(1, 0x1234, 4, 5, 6), SignalAction(sig.SIGTRAP, 1, 0, 0, 0)))
+    signals = [step.call.args[0] for step in action_steps(Scratch(), state)]
+    assert signals == [n for n in range(1, 65) if n not in (5, 9, 19)]
+
+
+def test_timer_ids_with_gaps_on_a_kernel_that_only_counts_up() -> None:
+    timers = (PosixTimer(1, 1, 0, 14, 0, 0, 5, 0), PosixTimer(3, 1, 0, 14, 0, 0, 0, 0))
+    steps = timer_steps(Scratch(), SignalsState((), posix_timers=timers), {}, exact_ids=False)
+    names = [Nr(int(step.call.nr)).name for step in steps]
+    create = "TIMER_CREATE"
+    assert names == [create, "TIMER_DELETE", create, create, "TIMER_DELETE", create, "TIMER_SETTIME"]
+
+
+def test_equal_credentials_need_no_call() -> None:
+    assert credential_steps(Scratch(), credentials(), credentials()) == []
+
+
+def test_a_user_s_credentials_end_with_the_exact_sets() -> None:
+    ids = dict.fromkeys(("ruid", "euid", "suid", "fsuid", "rgid", "egid", "sgid", "fsgid"), 1000)
+    wanted = credentials(**ids, groups=(5, 6), permitted=1 << 10, effective=0, inheritable=0)
+    scratch = Scratch()
+    steps = credential_steps(scratch, wanted, credentials())
+    assert steps[0].call.nr == Nr.SETGROUPS
+    last: Call = steps[-1].call
+    assert last.nr == Nr.CAPSET
+    assert scratch.memory[int(last.args[1])] == cap.pack_data(0, 1 << 10, 0)  # type: ignore[arg-type]
+    ids_at = [n for n, step in enumerate(steps) if step.call.nr in (Nr.SETRESUID, Nr.SETRESGID)]
+    assert max(ids_at) < len(steps) - 2
+
+
+def test_rights_that_are_missing_are_named() -> None:
+    user = credentials(ruid=1000, euid=1000, permitted=0, effective=0, bounding=ROOT)
+    assert missing_rights(credentials(), credentials()) == []
+    found = missing_rights(credentials(), user)
+    assert any("uid 0" in reason for reason in found)
+    assert any("permitted" in reason for reason in found)
+
+
+def test_sleep_is_recalled_only_when_it_can_be_the_same() -> None:
+    args = (1, 2, 3, 4, 5, 6)
+    memory = SleepMemory({7: RememberedSleep(35, args, 10_000_000_000)})
+    assert memory.recall(7, args, 9_000_000_000) is not None
+    assert memory.recall(7, (0, 2, 3, 4, 5, 6), 9_000_000_000) is None
+    assert memory.recall(7, args, 11_000_000_000) is None  # that one has long ended
+    assert memory.recall(8, args, 0) is None
+    memory.keep_only({8: None})
+    assert not memory.sleeps
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"xstate": bytes(520) + b"\1", "xstate_size_bytes": 832},  # compacted format
+        {"xstate": bytes(24) + b"\xff\xff\xff\xff", "xstate_size_bytes": 832},  # reserved bits of MXCSR
+        {"xstate": bytes(899) + b"\1", "xstate_size_bytes": 900},  # larger than this CPU's
+        {"xstate": b"", "xstate_size_bytes": 10},
+    ],
+)
+def test_impossible_registers_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ImageDamaged):
+        checked_xstate(thread(**change), 832)
+
+
+def test_registers_of_a_smaller_cpu_fit_a_larger_one() -> None:
+    assert len(checked_xstate(thread(xstate=bytes(600), xstate_size_bytes=832), 11008)) == 11008
+
+
+@pytest.mark.parametrize(
+    "kind,path,flags,word",
+    [
+        (VmaKind.SECRETMEM, "/secretmem", (), "secret"),
+        (VmaKind.DEVICE, "/dev/mem", ("pf",), "device"),
+        (VmaKind.ANON, "", ("ss",), "shadow stack"),
+        (VmaKind.FILE_SHARED, "/[aio]", (), "AIO"),
+        (VmaKind.SHMEM, "anon_inode:[io_uring]", (), "io_uring"),
+    ],
+)
+def test_mappings_that_cannot_be_saved(kind: VmaKind, path: str, flags: tuple[str, ...], word: str) -> None:
+    bad = Vma(0x1000, 0x2000, 3, False, 0, (0, 1), 1, path, False, kind, frozenset(flags))
+    good = Vma(0x3000, 0x4000, 3, False, 0, (0, 0), 0, "", False, VmaKind.ANON, frozenset())
+    vsyscall = Vma(
+        TASK_SIZE + 0x1000, TASK_SIZE + 0x2000, 4, False, 0, (0, 0), 0, "[vsyscall]", False, VmaKind.VSYSCALL
+    )
+    (reason,) = vma_blockers([bad, good, vsyscall])
+    assert word in reason
