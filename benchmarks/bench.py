@@ -310,7 +310,7 @@ def service_processes(socket: str) -> dict[int, tuple[str, int]]:
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
-        with contextlib.suppress(OSError, ValueError, IndexError):
+        with contextlib.suppress(OSError, KeyError):  # gone meanwhile, or a kernel thread
             fields = dict(
                 line.split(":", 1)
                 for line in Path("/proc", name, "status").read_text().splitlines()
