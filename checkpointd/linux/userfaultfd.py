@@ -19,6 +19,7 @@ UFFD_USER_MODE_ONLY = 1
 _UFFDIO_API = 0xC018_AA3F  # struct uffdio_api {u64 api, features, ioctls}
 _UFFDIO_REGISTER = 0xC020_AA00  # struct uffdio_register {u64 start, len, mode, ioctls}
 _UFFDIO_UNREGISTER = 0x8010_AA01  # struct uffdio_range {u64 start, len}
+_UFFDIO_WRITEPROTECT = 0xC018_AA06  # struct uffdio_writeprotect {u64 start, len, mode}
 _UFFD_API = 0xAA
 _MODE_WP = 2
 
@@ -48,3 +49,8 @@ def register_wp(fd: int, start: int, end: int) -> None:
 def unregister(fd: int, start: int, end: int) -> None:
     """Undo `register_wp`; protection is lifted."""
     fcntl.ioctl(fd, _UFFDIO_UNREGISTER, bytearray(struct.pack("=2Q", start, end - start)))
+
+
+def lift_protection(fd: int, start: int, end: int) -> None:
+    """Take write protection off every page of a registered range."""
+    fcntl.ioctl(fd, _UFFDIO_WRITEPROTECT, bytearray(struct.pack("=3Q", start, end - start, 0)))

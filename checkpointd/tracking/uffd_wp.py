@@ -66,6 +66,7 @@ class UffdWpTracker:
         clean = self._clean(space, present, foreign)
         dirty = subtract_runs(data, clean)
         self._pending = (data, dirty)
+        self._lift_stale(space, present, foreign)
         self._arm(space, dirty)
         return Collection(
             clean=clean,
@@ -128,6 +129,20 @@ class UffdWpTracker:
                 # EBUSY: the target's own userfaultfd; EINVAL, EPERM: cannot be registered.  Read in full.
                 foreign.add(n)
         return foreign
+
+    def _lift_stale(self, space: Space, present: PresentRegions, foreign: set[int]) -> None:
+        """Clear write-protect bits that outlived the registration of their VMA.
+
+        mremap(2) that moves a registered VMA next to another merges the two and then drops the registration of
+        the whole (mremap_userfaultfd_prep), without touching the neighbour's pages: these keep the bit, become
+        writable with it, and once registered again would never read WRITTEN.  Seen on 6.18 by the oracle.  Such a
+        page is the only kind that is neither WPALLOWED nor WRITTEN.
+        """
+        stale = (present.categories & np.uint64(ps.PAGE_IS_WPALLOWED | ps.PAGE_IS_WRITTEN)) == 0
+        for n in np.unique(present.vma[stale]).tolist():
+            vma = space.vmas[n]
+            if vma.kind is VmaKind.ANON and n not in foreign:
+                uffd.lift_protection(self._fd, vma.start, vma.end)
 
     def _arm(self, space: Space, dirty: Runs) -> None:
         """Write-protect what the next epoch must watch: pages that were armed before still are."""

@@ -77,6 +77,8 @@ class Child:
                 libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(PAGE_SIZE * args[1]), 4)
             elif op == "remap":
                 libc.mmap(at, PAGE_SIZE * args[1], 3, MAP, -1, 0)
+            elif op == "unmap":
+                libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(PAGE_SIZE * args[1]))
             elif op == "move":
                 libc.mremap(at, PAGE_SIZE, PAGE_SIZE, 3, AREA + args[1] * PAGE_SIZE)
             elif op == "protect":
@@ -215,3 +217,27 @@ def test_inherited_pages_equal_the_parent(tracker, child, seed):
         else:
             tracker.commit()
             parent = truth
+
+
+def test_uffd_sees_writes_after_mremap_took_a_neighbours_registration(child):
+    """mremap merges the moved VMA with its armed neighbour, and both lose their registration (seen on 6.18)."""
+    found = features.probe()
+    if not found.uffd_wp_async:
+        pytest.skip("asynchronous userfaultfd write-protect is missing")
+    uffd.handshake(child.uffd, FEATURES)
+    tracker = UffdWpTracker(child.uffd, has_guard_category=found.guard_category)
+    child.do("unmap", 8, NR_PAGES - 8)
+    child.do("remap", 40, 1)
+    for page in range(8):  # page 40 stays untouched: only such a VMA can merge where it is moved to
+        child.do("write", page, 1, 0)
+    collect(tracker, child)
+    tracker.commit()
+    child.do("move", 40, 8)
+    child.do("write", 2, 2, 0)
+    assert 2 in area_pages(collect(tracker, child).dirty)
+    tracker.commit()
+    for value in (3, 4):
+        child.do("write", 2, value, 0)
+        assert 2 in area_pages(collect(tracker, child).dirty)
+        tracker.commit()
+    tracker.disarm()
