@@ -38,7 +38,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return lab.build(tmp_path_factory.mktemp("programs"))
 
 
-def _sweep(programs, tmp_path, program, mode, session, *, sig0=False, nr_random=10, every=1) -> lab.Tally:
+def _sweep(programs, tmp_path, program, mode, session, *, nr_random=10, every=1, **how) -> lab.Tally:
     if program not in programs:
         pytest.skip(f"no {program} compiler here")
     tally = lab.Tally()
@@ -46,12 +46,12 @@ def _sweep(programs, tmp_path, program, mode, session, *, sig0=False, nr_random=
     with lab.Zygote() as zygote:
         target = lab.Target(programs, program, mode, tmp_path)
         try:
-            names = lab.dry_run(zygote, target, session, sig0=sig0)
+            names = lab.dry_run(zygote, target, session, **how)
             for at, name in list(enumerate(names, 1))[::every]:
-                lab.kill_at(zygote, target, session, at, tally, name, sig0=sig0)
+                lab.kill_at(zygote, target, session, at, tally, name, **how)
             for _ in range(nr_random):
-                lab.kill_after(zygote, target, session, rng.randrange(6000), tally, sig0=sig0)
-            lab.finish(zygote, target)
+                lab.kill_after(zygote, target, session, rng.randrange(6000), tally, **how)
+            lab.finish(zygote, target, **how)
             target.stop()
         finally:
             target.kill()
@@ -68,6 +68,13 @@ def test_no_kill_harms_the_target(programs, tmp_path, program, mode, session):
 def test_no_kill_harms_a_target_without_a_signal_to_meet_by(programs, tmp_path, mode):
     """Driven from system call stop to system call stop."""
     assert _sweep(programs, tmp_path, "dynamic", mode, "inject", sig0=True).kills >= 30
+
+
+@pytest.mark.parametrize("program", ["dynamic", "static", "nolibc", "go"])
+def test_no_kill_harms_a_target_entered_through_its_own_text(programs, tmp_path, program):
+    """Where the vdso has no room, as on Linux 6.1."""
+    mode = "regs" if program in ("dynamic", "static") else ""
+    assert _sweep(programs, tmp_path, program, mode, "inject", no_vdso=True).kills >= 30
 
 
 def test_no_kill_harms_64_threads(programs, tmp_path):

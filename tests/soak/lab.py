@@ -242,12 +242,13 @@ class Target:
         return sum(1 for line in flags if {"uw", "um"} & set(line.split()))
 
     def leftover_slots(self) -> bool:
-        """Is there a slot in the vdso?"""
+        """Is there a slot in any executable mapping?"""
         for line in Path(f"/proc/{self.pid}/maps").read_text().splitlines():
-            if line.endswith("[vdso]"):
+            if line.split()[1] == "r-xp":
                 start, end = (int(part, 16) for part in line.split()[0].split("-"))
                 with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as mem:
-                    return b"CKPTslt1" in os.pread(mem.fileno(), end - start, start)
+                    if b"CKPTslt1" in os.pread(mem.fileno(), end - start, start):
+                        return True
         return False
 
     def stop(self) -> None:
@@ -285,16 +286,9 @@ class Zygote:
         )
 
     def run(
-        self, session: str, pid: int, *, at: int = 0, delay_us: int = -1, repeat: int = 1, sig0: bool = False
+        self, session: str, pid: int, *, at: int = 0, delay_us: int = -1, repeat: int = 1, **how: bool
     ) -> dict:
-        request = {
-            "session": session,
-            "pid": pid,
-            "at": at,
-            "delay_us": delay_us,
-            "repeat": repeat,
-            "sig0": sig0,
-        }
+        request = {"session": session, "pid": pid, "at": at, "delay_us": delay_us, "repeat": repeat, **how}
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -329,9 +323,9 @@ class Tally:
     points: dict[str, int] = field(default_factory=dict)
 
 
-def dry_run(zygote: Zygote, target: Target, session: str, *, sig0: bool = False) -> list[str]:
+def dry_run(zygote: Zygote, target: Target, session: str, **how: bool) -> list[str]:
     """One undisturbed session; the names of its trace points in order."""
-    answer = zygote.run(session, target.pid, sig0=sig0)
+    answer = zygote.run(session, target.pid, **how)
     if answer["error"]:
         raise Harmed(f"{target.name}/{session}: {answer['error']}")
     target.judge()
@@ -339,19 +333,19 @@ def dry_run(zygote: Zygote, target: Target, session: str, *, sig0: bool = False)
 
 
 def kill_at(
-    zygote: Zygote, target: Target, session: str, at: int, tally: Tally, name: str, *, sig0: bool = False
+    zygote: Zygote, target: Target, session: str, at: int, tally: Tally, name: str, **how: bool
 ) -> None:
     """Kill an agent at its `at`-th trace point; the target must be well afterwards."""
-    answer = zygote.run(session, target.pid, at=at, sig0=sig0)
+    answer = zygote.run(session, target.pid, at=at, **how)
     _count(target, session, answer, tally, f"at {at} ({name})")
     tally.points[name] = tally.points.get(name, 0) + 1
 
 
 def kill_after(
-    zygote: Zygote, target: Target, session: str, delay_us: int, tally: Tally, *, sig0: bool = False
+    zygote: Zygote, target: Target, session: str, delay_us: int, tally: Tally, **how: bool
 ) -> None:
     """Kill an agent after some microseconds."""
-    answer = zygote.run(session, target.pid, delay_us=delay_us, repeat=1000, sig0=sig0)
+    answer = zygote.run(session, target.pid, delay_us=delay_us, repeat=1000, **how)
     _count(target, session, answer, tally, f"after {delay_us} us")
     tally.points["random instant"] = tally.points.get("random instant", 0) + 1
 
@@ -369,9 +363,9 @@ def _count(target: Target, session: str, answer: dict, tally: Tally, when: str) 
         raise Harmed(f"{target.name}/{session} killed {when}: {error}") from None
 
 
-def finish(zygote: Zygote, target: Target) -> None:
+def finish(zygote: Zygote, target: Target, **how: bool) -> None:
     """After all kills: a whole session cleans up what dead agents may have left (zombies, an unused slot)."""
-    answer = zygote.run("clean", target.pid)
+    answer = zygote.run("clean", target.pid, **how)
     if answer["error"]:
         raise Harmed(f"{target.name}: {answer['error']}")
     target.judge()

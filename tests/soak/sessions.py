@@ -10,6 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from checkpointd.errors import Unsupported
 from checkpointd.linux.process_vm import read_mem
 from checkpointd.target import fork
 from checkpointd.target.freeze import freeze
@@ -43,7 +44,11 @@ def inject(pid: int) -> None:
             for tid in others:
                 stack = remote.alloc(24)
                 calls = [Call(NR_GETTID), Call(NR_SIGALTSTACK, (0, stack))]
-                assert remote.batch(calls, tid=tid)[1] == 0
+                try:
+                    assert remote.batch(calls, tid=tid)[1] == 0
+                except Unsupported as error:
+                    # one place only, and the leader has it: a small static program whose vdso is full
+                    assert "unused room" in error.message
 
 
 def twice(pid: int) -> None:
