@@ -491,15 +491,14 @@ def _read_threads(frozen: Frozen, blocked: dict[int, BlockedCall]) -> None:
                 blockers=[f"thread {tid} of process {frozen.pid} runs 32-bit code"],
             )
         rseq = ptrace.get_rseq(tid)
-        changed = restartable.fix_spurious_eintr(regs, frozen.pid, tid, blocked.get(tid), frozen.frozen_at_ns)
+        asleep = restartable.confirm(frozen.pid, tid, blocked.get(tid)) if regs.syscall_nr >= 0 else None
+        changed = restartable.fix_spurious_eintr(regs, frozen.pid, tid, asleep, frozen.frozen_at_ns)
         if rseq is not None and _abort_critical_section(frozen.mem, rseq, regs):
             changed = True
         if changed:
             ptrace.set_regs(tid, regs.to_bytes())
             hit("freeze.registers_fixed")
-        frozen.threads[tid] = FrozenThread(
-            tid, regs, ptrace.get_sigmask(tid), group_stopped, rseq, blocked.get(tid)
-        )
+        frozen.threads[tid] = FrozenThread(tid, regs, ptrace.get_sigmask(tid), group_stopped, rseq, asleep)
 
 
 def _abort_critical_section(mem: MemFile, rseq: RseqConfig, regs: UserRegs) -> bool:

@@ -29,7 +29,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from checkpointd.target.registers import ERESTARTNOHAND, UserRegs, word
 
@@ -60,6 +60,7 @@ class BlockedCall:
         asleep_us: how long it had been asleep when sampled; None when the kernel does not tell.
         sampled_ns: when (CLOCK_MONOTONIC).
         nr_switches: voluntary context switches so far: tells whether it is still the same sleep.
+        confirmed: was it still that sleep at the freeze?  None: not looked at yet.
     """
 
     nr: int
@@ -67,6 +68,7 @@ class BlockedCall:
     asleep_us: int | None
     sampled_ns: int
     nr_switches: int
+    confirmed: bool | None = None
 
 
 def parse_syscall(text: str) -> tuple[int, tuple[int, ...]] | None:
@@ -121,8 +123,6 @@ class _CpuClocks:
 
 def sample(pid: int, tids: Iterable[int], wanted: frozenset[int] | None = None) -> dict[int, BlockedCall]:
     """What the threads are blocked in, and since when.  Best effort, for use just before a freeze.
-
-    Whether a thread is still in that sleep must be asked (`same_sleep`) before anything is injected into it.
 
     Args:
         wanted: only these system calls; None: all.
@@ -196,10 +196,20 @@ def _shorten_epoll(regs: UserRegs, pid: int, tid: int, blocked: BlockedCall | No
 def same_sleep(pid: int, tid: int, blocked: BlockedCall) -> bool:
     """Is the stopped thread still in the sleep that was sampled?
 
-    The stop itself is one voluntary context switch; another one means that it woke up in between.
+    The stop itself is one voluntary context switch; another one means that it woke up in between.  Injection
+    switches too, so this is answered at the freeze and remembered (`confirm`).
     """
+    if blocked.confirmed is not None:
+        return blocked.confirmed
     try:
         sched = parse_sched(_slurp(f"/proc/{pid}/task/{tid}/sched").decode("ascii", "replace"))
     except (OSError, ValueError):
         return False
     return blocked.nr_switches >= 0 and int(sched.get("nr_voluntary_switches", -9)) <= blocked.nr_switches + 1
+
+
+def confirm(pid: int, tid: int, blocked: BlockedCall | None) -> BlockedCall | None:
+    """The sample with `confirmed` settled, for a thread that has just been stopped."""
+    if blocked is None or blocked.confirmed is not None:
+        return blocked
+    return replace(blocked, confirmed=same_sleep(pid, tid, blocked))

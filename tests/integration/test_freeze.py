@@ -346,3 +346,26 @@ def test_the_watchdog_is_replaced_when_it_died():
         assert watchdog.pid != first
     finally:
         watchdog.close()
+
+
+@pytest.mark.parametrize("mode", ["nanosleep-long", "epoll-long"])
+def test_the_time_slept_is_known_even_after_injection(start, mode):
+    """400 ms sleeps: what was sampled before the freeze agrees with the clock between two freezes of one sleep."""
+    from checkpointd.target.restartable import same_sleep
+
+    target = start(mode)
+    seen = []
+    for _ in range(40):
+        with freeze(target.pid) as frozen:
+            with frozen.inject() as remote:
+                remote.call(39)
+            blocked = frozen.leader.blocked
+            if blocked is not None and blocked.asleep_us is not None:
+                assert same_sleep(target.pid, target.pid, blocked)
+                seen.append(blocked.asleep_us)
+        time.sleep(0.01)
+    if not seen:
+        pytest.skip("this kernel does not tell how long a thread has slept")
+    # a freeze restarts the call, so no sample can be older than the last one
+    assert 0 < max(seen) < 400_000
+    target.judge()
