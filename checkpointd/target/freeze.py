@@ -491,7 +491,7 @@ def _read_threads(frozen: Frozen, blocked: dict[int, BlockedCall]) -> None:
                 blockers=[f"thread {tid} of process {frozen.pid} runs 32-bit code"],
             )
         rseq = ptrace.get_rseq(tid)
-        asleep = restartable.confirm(frozen.pid, tid, blocked.get(tid)) if regs.syscall_nr >= 0 else None
+        asleep = blocked.get(tid) if regs.syscall_nr >= 0 else None
         changed = restartable.fix_spurious_eintr(regs, frozen.pid, tid, asleep, frozen.frozen_at_ns)
         if rseq is not None and _abort_critical_section(frozen.mem, rseq, regs):
             changed = True

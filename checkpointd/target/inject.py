@@ -39,7 +39,7 @@ from checkpointd.errors import TargetGone, Unsupported
 from checkpointd.linux import ptrace
 from checkpointd.linux.seccomp import MODE_FILTER, MODE_STRICT
 from checkpointd.memory import PAGE_SIZE
-from checkpointd.target import rendezvous
+from checkpointd.target import rendezvous, restartable
 from checkpointd.target.attachable import gone, is_dead_thread
 from checkpointd.target.blobs import RUNNER, RUNNER_RDV, RUNNER_RUN
 from checkpointd.target.registers import UserRegs, home_context, signed, word
@@ -172,6 +172,8 @@ class Injection:
             blockers += self._read_filters(tid, place, ids)
         if blockers or place is None:
             raise self._refuse(tid, blockers)
+        # our rendezvous are context switches too: afterwards this could not be told any more
+        thread.blocked = restartable.confirm(frozen.pid, tid, thread.blocked)
         signum = rendezvous.choose_signal(status, thread.sigmask, is_go=frozen.is_go)
         return _Way(frozen, thread, place, signum, ids)
 

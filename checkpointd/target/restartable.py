@@ -60,7 +60,7 @@ class BlockedCall:
         asleep_us: how long it had been asleep when sampled; None when the kernel does not tell.
         sampled_ns: when (CLOCK_MONOTONIC).
         nr_switches: voluntary context switches so far: tells whether it is still the same sleep.
-        confirmed: was it still that sleep at the freeze?  None: not looked at yet.
+        confirmed: was it still that sleep at the freeze?  None: not looked at yet (see `confirm`).
     """
 
     nr: int
@@ -197,7 +197,7 @@ def same_sleep(pid: int, tid: int, blocked: BlockedCall) -> bool:
     """Is the stopped thread still in the sleep that was sampled?
 
     The stop itself is one voluntary context switch; another one means that it woke up in between.  Injection
-    switches too, so this is answered at the freeze and remembered (`confirm`).
+    switches too, so this is answered before it and remembered (`confirm`).
     """
     if blocked.confirmed is not None:
         return blocked.confirmed
@@ -209,7 +209,7 @@ def same_sleep(pid: int, tid: int, blocked: BlockedCall) -> bool:
 
 
 def confirm(pid: int, tid: int, blocked: BlockedCall | None) -> BlockedCall | None:
-    """The sample with `confirmed` settled, for a thread that has just been stopped."""
+    """The sample with `confirmed` settled, for a stopped thread not yet injected into."""
     if blocked is None or blocked.confirmed is not None:
         return blocked
     return replace(blocked, confirmed=same_sleep(pid, tid, blocked))
