@@ -23,8 +23,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import struct
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -40,7 +38,9 @@ from checkpointd.target import attachable, restartable, undertaker
 from checkpointd.target.fork import ForkedCopy, fork_copy, reap_copy
 from checkpointd.target.inject import Injection, NotHomeError, injection
 from checkpointd.target.registers import CS_64BIT, UserRegs
+from checkpointd.target.release import release
 from checkpointd.target.restartable import BlockedCall
+from checkpointd.target.restartable_sequence import abort_critical_section
 from checkpointd.target.slot import SLOT_SIZE, LeftBehind, SlotPlace, exe_identity, find_places, is_go_program
 from checkpointd.tracepoint import hit
 
@@ -54,7 +54,6 @@ _MAX_WAYS_HOME = 200
 _NR_PLACES = 2
 _VDSO_LINE = re.compile(rb"^.*\[vdso\]$", re.MULTILINE)
 _WORD = 8
-_RSEQ_CS = struct.Struct("=IIQQQ")  # version, flags, start_ip, post_commit_offset, abort_ip
 
 
 @dataclass(slots=True)
@@ -208,7 +207,7 @@ class Frozen:
             if tid not in self._held:
                 continue
             try:
-                _release(self.pid, tid)
+                release(self.pid, tid)
                 del self._held[tid]
                 hit("thaw.released")
             except BaseException as error:
@@ -408,7 +407,7 @@ def _give_up(frozen: Frozen, pending: set[int]) -> None:
     """
     stopped = [tid for tid in frozen._held if tid not in pending]
     for tid in stopped:
-        _release(frozen.pid, tid)
+        release(frozen.pid, tid)
         frozen._held.pop(tid, None)
     error = attachable.uninterruptible(frozen.pid, sorted(pending))
     linger_until = time.monotonic() + _LINGER_S
@@ -419,7 +418,7 @@ def _give_up(frozen: Frozen, pending: set[int]) -> None:
             except ChildProcessError:
                 status = ptrace.WaitStatus(True, 0)
             if status is not None:
-                _release(frozen.pid, tid)
+                release(frozen.pid, tid)
                 frozen._held.pop(tid, None)
         time.sleep(0.001)
     if frozen._held:
@@ -427,56 +426,6 @@ def _give_up(frozen: Frozen, pending: set[int]) -> None:
         frozen._held.clear()
         raise Busy(error.message, hint=error.hint, pid=frozen.pid, stragglers=stragglers)
     raise error
-
-
-def _release(pid: int, tid: int) -> None:
-    """Detach from one thread, whatever state it is in."""
-    try:
-        ptrace.detach(tid)
-        return
-    except ProcessLookupError:
-        pass
-    # not stopped: dead, or running (we were interrupted half-way)
-    nr_tries = 0
-    while True:
-        try:
-            status = ptrace.peek_wait(tid, block=False)
-        except ChildProcessError:
-            return
-        try:
-            if status is None:
-                ptrace.interrupt(tid)
-                nr_tries += 1
-                if nr_tries > 20:
-                    time.sleep(0.0005)
-            elif status.exited:
-                _bury(pid, tid)
-                return
-            else:
-                plain = not status.event and status.code != ptrace.SYSCALL_STOP
-                ptrace.detach(tid, status.signal if plain else 0)
-                return
-        except ProcessLookupError:
-            if status is None and not _is_traced_by_us(pid, tid):
-                return
-
-
-def _is_traced_by_us(pid: int, tid: int) -> bool:
-    try:
-        return int(process.read_status(pid, tid)["TracerPid"]) == threading.get_native_id()
-    except (OSError, KeyError, ValueError):
-        return False
-
-
-def _bury(pid: int, tid: int) -> None:
-    """Reap a dead thread, but leave a process that is our own child to whoever started it."""
-    if tid == pid:
-        try:
-            if process.read_stat(pid).ppid == os.getpid():
-                return
-        except (OSError, ValueError):
-            return
-    ptrace.reap(tid)
 
 
 def _read_threads(frozen: Frozen, blocked: dict[int, BlockedCall]) -> None:
@@ -493,29 +442,9 @@ def _read_threads(frozen: Frozen, blocked: dict[int, BlockedCall]) -> None:
         rseq = ptrace.get_rseq(tid)
         asleep = blocked.get(tid) if regs.syscall_nr >= 0 else None
         changed = restartable.fix_spurious_eintr(regs, frozen.pid, tid, asleep, frozen.frozen_at_ns)
-        if rseq is not None and _abort_critical_section(frozen.mem, rseq, regs):
+        if rseq is not None and abort_critical_section(frozen.mem, rseq, regs):
             changed = True
         if changed:
             ptrace.set_regs(tid, regs.to_bytes())
             hit("freeze.registers_fixed")
         frozen.threads[tid] = FrozenThread(tid, regs, ptrace.get_sigmask(tid), group_stopped, rseq, asleep)
-
-
-def _abort_critical_section(mem: MemFile, rseq: RseqConfig, regs: UserRegs) -> bool:
-    """Move a thread out of its rseq critical section, as the kernel does for a preempted one.
-
-    Injection moves rip away, upon which the kernel forgets that a section was being run: it would go on
-    afterwards as if it had never been disturbed, on another CPU perhaps.
-    """
-    try:
-        section = int.from_bytes(mem.read(rseq.pointer + 8, 8), "little")
-        if not section:
-            return False
-        _, _, start, length, abort = _RSEQ_CS.unpack(mem.read(section, _RSEQ_CS.size))
-    except OSError:
-        return False  # the program left a bad pointer: the kernel will judge it
-    if not 0 <= regs.rip - start < length:
-        return False
-    regs.rip = abort
-    regs.leave_syscall()
-    return True

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -88,6 +89,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("soak-result.json"))
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave no target behind
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detaching from one thread, whatever state it is in: stopped, running (we were interrupted half-way), or dead."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from checkpointd.linux import ptrace
+from checkpointd.procfs import process
+
+
+def release(pid: int, tid: int) -> None:
+    """Detach from one thread, whatever state it is in."""
+    try:
+        ptrace.detach(tid)
+        return
+    except ProcessLookupError:
+        pass
+    # not stopped: dead, or running (we were interrupted half-way)
+    nr_tries = 0
+    while True:
+        try:
+            status = ptrace.peek_wait(tid, block=False)
+        except ChildProcessError:
+            return
+        try:
+            if status is None:
+                ptrace.interrupt(tid)
+                nr_tries += 1
+                if nr_tries > 20:
+                    time.sleep(0.0005)
+            elif status.exited:
+                _bury(pid, tid)
+                return
+            else:
+                plain = not status.event and status.code != ptrace.SYSCALL_STOP
+                ptrace.detach(tid, status.signal if plain else 0)
+                return
+        except ProcessLookupError:
+            if status is None and not _is_traced_by_us(pid, tid):
+                return
+
+
+def _is_traced_by_us(pid: int, tid: int) -> bool:
+    try:
+        return int(process.read_status(pid, tid)["TracerPid"]) == threading.get_native_id()
+    except (OSError, KeyError, ValueError):
+        return False
+
+
+def _bury(pid: int, tid: int) -> None:
+    """Reap a dead thread, but leave a process that is our own child to whoever started it."""
+    if tid == pid:
+        try:
+            if process.read_stat(pid).ppid == os.getpid():
+                return
+        except (OSError, ValueError):
+            return
+    ptrace.reap(tid)
