@@ -154,9 +154,18 @@ class _Restorer:
                 started_ns = time.monotonic_ns()
                 stub = self._spawn(exe_fd)
                 try:
+                    self._mark("spawn")
                     nr_pages, tids = self._build(stub, exe_fd)
                     self._release(stub, tids)
                     done = True
+                except ProcessLookupError as error:
+                    raise stub.gone() from error
+                except OSError as error:
+                    raise CheckpointError(
+                        f"process {stub.pid} could not be rebuilt: {error}",
+                        hint="check free memory and limits; nothing was left behind",
+                        pid=stub.pid,
+                    ) from error
                 finally:
                     if not done:
                         stub.destroy()
@@ -246,7 +255,6 @@ class _Restorer:
             raise CheckpointError(
                 f"no process could be made: {error}", hint="check limits on processes (ulimit -u, pids.max)"
             ) from error
-        self._mark("spawn")
         return stub
 
     def _session(self) -> tuple[int, bool]:
@@ -492,7 +500,7 @@ class _Restorer:
             thread_steps.give_registers(tid, regs, xstate, sigmask)
         if state.stopped:
             os.kill(stub.pid, signals_of_python.SIGSTOP)
-        hit("restore.release")
+        hit("restore.releasing")
         for tid in sorted(finals, key=lambda one: one == stub.pid):  # the leader last
             with contextlib.suppress(ProcessLookupError):
                 ptrace.detach(tid)

@@ -311,9 +311,9 @@ class Stub:
         try:
             _, status = os.waitpid(tid, _WALL)
         except ChildProcessError as error:
-            raise self._gone() from error
+            raise self.gone() from error
         if _is_death(status):
-            raise self._gone()
+            raise self.gone()
         code = status >> 8
         if code in _CRASHES:
             regs = UserRegs.from_bytes(ptrace.get_regs(tid))
@@ -324,7 +324,8 @@ class Stub:
             )
         return code
 
-    def _gone(self) -> TargetGone:
+    def gone(self) -> TargetGone:
+        """The error for a process that somebody killed meanwhile."""
         return TargetGone(
             f"process {self.pid} was killed while it was being restored",
             hint="look for the OOM killer in the kernel's log, then try again",

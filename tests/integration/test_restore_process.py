@@ -1,0 +1,504 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Restore of ordinary programs, what it refuses, and what is left when it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpointd.errors import CheckpointError, ImageDamaged, RestoreConflict, TargetGone, Unsupported
+from checkpointd.linux import capability as cap
+from checkpointd.linux.arch import Nr
+from checkpointd.procfs import maps
+from checkpointd.procfs.process import read_stat, read_status
+from checkpointd.restore.restorer import RestoreOptions
+from checkpointd.restore.stub import Stub
+from checkpointd.state.files import FilesOptions
+from checkpointd.target.process import process_blockers
+from checkpointd.target.remote import Call
+from checkpointd.tracepoint import clear, register
+from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore, wait_gone
+
+PROGRAM = Path(__file__).parent.parent / "programs" / "restore_python_program.py"
+pytestmark = pytest.mark.skipif(
+    not cap.has(cap.effective(), cap.CAP_CHECKPOINT_RESTORE) or os.geteuid() != 0,
+    reason="choosing process ids needs root",
+)
+
+
+class Program:
+    """The Python program, whoever is its parent just now."""
+
+    def __init__(self, directory: Path, python: str) -> None:
+        self.progress = directory / "progress"
+        self.errors = directory / "errors"
+        with self.errors.open("wb") as errors:
+            self.child = subprocess.Popen(
+                [python, PROGRAM, self.progress],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+                cwd=directory,
+            )
+        self.pid = self.child.pid
+        self.wait_rounds(3)
+
+    def read(self) -> list[int]:
+        try:
+            return [int(word) for word in self.progress.read_text().split()]
+        except OSError:
+            return []
+
+    def wait_rounds(self, nr: int, pid: int | None = None) -> list[int]:
+        """Wait until it has made `nr` more rounds."""
+        first = self.read()
+        deadline = time.monotonic() + 60
+        while True:
+            now = self.read()
+            if now and now[0] == (pid or self.pid) and now[1] >= (first[1] if first else 0) + nr:
+                return now
+            assert time.monotonic() < deadline, self.errors.read_text() or now
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        kill_and_reap(self.child if self.child.poll() is None else self.pid)
+        wait_gone(self.pid)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    found = Program(tmp_path, sys.executable)
+    yield found
+    found.kill()
+
+
+@pytest.fixture
+def killed(program: Program) -> Captured:
+    """The capture of a program that is dead."""
+    captured = capture(program.pid, kill=True)
+    program.kill()
+    return captured
+
+
+def test_python_with_threads_works_on_over_many_cycles(program: Program) -> None:
+    last = 0
+    sleeps = None
+    for _ in range(8):
+        captured = capture(program.pid, sleeps, kill=True)
+        program.kill()
+        restored = restore(captured)
+        sleeps = restored.sleeps
+        assert restored.pid == program.pid
+        _, number, _, nr_threads = program.wait_rounds(12)
+        assert number > last
+        assert nr_threads == 5
+        last = number
+    assert program.errors.read_text() == ""
+
+
+@pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="no system python")
+def test_another_python_in_which_numpy_is_not_loaded(tmp_path: Path) -> None:
+    program = Program(tmp_path, "/usr/bin/python3")
+    try:
+        captured = capture(program.pid, kill=True)
+        program.kill()
+        restore(captured)
+        program.wait_rounds(12)
+    finally:
+        program.kill()
+
+
+def test_maps_are_the_same_afterwards(program: Program) -> None:
+    def layout() -> list[tuple[int, int, int, str]]:
+        return [(vma.start, vma.end, vma.prot, vma.path) for vma in maps.read_maps(program.pid)]
+
+    captured = capture(program.pid, kill=True)
+    program.kill()
+    wanted = [(vma.start, vma.end, vma.prot, vma.path) for vma in captured.state.address_space.vmas]
+    seen: list[list[tuple[int, int, int, str]]] = []
+    restore(
+        captured, options=RestoreOptions(wait_for_ids_s=20, before_release=lambda stub: seen.append(layout()))
+    )
+    work = [one for one in seen[0] if one not in wanted and one[2] == 7]
+    assert len(work) == 1  # the work area, which goes before the first instruction
+    rest = [one for one in seen[0] if one != work[0] and one[3] != "[vsyscall]"]
+    assert rest == wanted
+    assert not [vma for vma in maps.read_maps(program.pid) if vma.start == work[0][0]]
+
+
+def test_parent_is_not_the_restorer_and_nothing_is_held(killed: Captured, program: Program) -> None:
+    fds = set(os.listdir("/proc/self/fd"))
+    restored = restore(killed)
+    stat, status = read_stat(restored.pid), read_status(restored.pid)
+    assert stat.ppid != os.getpid()
+    assert (stat.pgrp, stat.session) == (restored.pid, restored.pid)
+    assert status["TracerPid"] == "0"
+    with pytest.raises(ChildProcessError):
+        os.waitpid(restored.pid, os.WNOHANG)
+    assert len(set(os.listdir("/proc/self/fd"))) == len(fds)
+
+
+def test_exe_cmdline_and_limits_show_the_program(killed: Captured, program: Program) -> None:
+    restored = restore(killed)
+    where = Path(f"/proc/{restored.pid}")
+    state = killed.state.process
+    assert os.readlink(where / "exe") == state.exe.path
+    assert (where / "cmdline").read_bytes().rstrip(b"\0").split(b"\0") == [
+        os.fsencode(one) for one in state.cmdline
+    ]
+    assert (where / "auxv").read_bytes() == state.layout.auxv
+    assert os.readlink(where / "cwd") == state.cwd
+
+
+def test_stopped_program_comes_back_stopped(program: Program) -> None:
+    os.kill(program.pid, signal.SIGSTOP)
+    while read_stat(program.pid).state != "T":
+        time.sleep(0.001)
+    captured = capture(program.pid, kill=True)
+    program.kill()
+    restored = restore(captured)
+    assert captured.state.process.stopped
+    deadline = time.monotonic() + 10
+    while {read_stat(restored.pid, tid).state for tid in restored.tids.values()} != {"T"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(restored.pid, signal.SIGCONT)
+    program.wait_rounds(5)
+
+
+def test_new_ids_beside_the_living_original(program: Program) -> None:
+    captured = capture(program.pid)
+    options = RestoreOptions(files=FilesOptions(changed="allow"))  # the original writes on
+    restored = restore(captured, new_pid=True, options=options)
+    try:
+        assert restored.pid != program.pid
+        assert set(restored.tids.values()).isdisjoint(restored.tids)
+        deadline = time.monotonic() + 30
+        while program.read()[0] != restored.pid:  # both write the same file
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        assert any("new ids" in warning for warning in restored.warnings)
+        program.child.kill()
+        program.child.wait()
+        program.wait_rounds(25, restored.pid)  # it makes threads, joins them and forks
+    finally:
+        kill_and_reap(restored.pid)
+
+
+def test_hook_can_work_in_the_process_before_its_first_instruction(
+    killed: Captured, program: Program
+) -> None:
+    before = program.read()
+    seen: list[object] = []
+
+    def hook(stub: Stub) -> None:
+        seen.append(stub.batch([Call(Nr.GETPID), Call(Nr.GETTID)]))
+        seen.append(program.read())
+
+    restored = restore(killed, options=RestoreOptions(wait_for_ids_s=20, before_release=hook))
+    assert seen == [[restored.pid, restored.pid], before]
+    program.wait_rounds(3)
+
+
+# ---- what it refuses
+
+
+def test_pid_in_use_names_who_has_it(program: Program) -> None:
+    captured = capture(program.pid)
+    with pytest.raises(
+        RestoreConflict, match=f"pid {program.pid} is in use by process {program.pid}"
+    ) as caught:
+        restore(captured, options=RestoreOptions(wait_for_ids_s=0.1))
+    assert "new-pid" in caught.value.hint
+    program.wait_rounds(2)
+
+
+def test_unreaped_original_is_said_to_be_dead(program: Program) -> None:
+    captured = capture(program.pid, kill=True)
+    while read_stat(program.pid).state != "Z":
+        time.sleep(0.001)
+    with pytest.raises(RestoreConflict, match="dead but not yet reaped"):
+        restore(captured, options=RestoreOptions(wait_for_ids_s=0.1))
+
+
+def in_thread(function: Callable[[], None]) -> None:
+    threading.Thread(target=function, daemon=True).start()
+
+
+def test_unreaped_original_is_waited_for(program: Program) -> None:
+    captured = capture(program.pid, kill=True)
+
+    def reap_later() -> None:
+        time.sleep(0.2)
+        program.child.wait()
+
+    in_thread(reap_later)
+    restore(captured)
+    program.wait_rounds(3)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A C program of one's own file, which maps another one."""
+    source = tmp_path / "small.c"
+    source.write_text(
+        "#include <fcntl.h>\n#include <sys/mman.h>\n#include <unistd.h>\n#include <sys/stat.h>\n"
+        "int main(int c, char **v) { mkdir(v[2], 0700); if (chdir(v[2])) return 1; int fd = open(v[1], O_RDONLY);\n"
+        "  volatile char *p = mmap(0, 4096, PROT_READ, MAP_PRIVATE, fd, 0); close(fd); (void)*p;\n"
+        '  if (write(1, "r", 1) != 1) return 2; for (;;) usleep(10000); }\n'
+    )
+    binary, mapped = tmp_path / "small", tmp_path / "mapped"
+    subprocess.run(["gcc", "-O1", "-o", binary, source], check=True)
+    mapped.write_bytes(b"x" * 5000)
+    child = subprocess.Popen(
+        [binary, mapped, tmp_path / "cwd"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.read(1) == b"r"
+    child.stdout.close()
+    yield child
+    child.kill()
+    child.wait()
+    if Path(f"/proc/{child.pid}").exists():
+        kill_and_reap(child.pid)
+
+
+@pytest.mark.parametrize("how", ["gone", "longer", "newer"])
+def test_changed_files_are_named(small: subprocess.Popen[bytes], tmp_path: Path, how: str) -> None:
+    captured = capture(small.pid, kill=True, with_files=False)
+    kill_and_reap(small)
+    mapped = tmp_path / "mapped"
+    if how == "gone":
+        mapped.unlink()
+    elif how == "longer":
+        stat = mapped.stat()
+        mapped.write_bytes(b"x" * 6000)
+        os.utime(mapped, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    else:
+        os.utime(mapped)
+    with pytest.raises(RestoreConflict, match=str(mapped)) as caught:
+        restore(captured)
+    assert caught.value.hint
+    assert not Path(f"/proc/{small.pid}").exists()
+
+
+def test_all_conflicts_are_named_at_once(small: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    captured = capture(small.pid, kill=True, with_files=False)
+    kill_and_reap(small)
+    (tmp_path / "cwd").rmdir()
+    os.utime(tmp_path / "mapped")
+    with pytest.raises(RestoreConflict) as caught:
+        restore(captured)
+    text = " ".join(caught.value.details["conflicts"])
+    assert "cwd" in text
+    assert "mapped" in text
+
+
+def changed(captured: Captured, **process: object) -> Captured:
+    state = captured.state
+    return dataclasses.replace(
+        captured, state=dataclasses.replace(state, process=dataclasses.replace(state.process, **process))
+    )
+
+
+def test_another_kernel_s_vdso_is_refused(killed: Captured) -> None:
+    space = dataclasses.replace(killed.state.address_space, vdso=b"\x90" * 8192)
+    other = dataclasses.replace(killed, state=dataclasses.replace(killed.state, address_space=space))
+    with pytest.raises(Unsupported, match="vdso"):
+        restore(other)
+
+
+def test_a_cpu_with_less_is_refused(killed: Captured) -> None:
+    cpu = killed.state.process.cpu
+    more = dataclasses.replace(cpu, flags=cpu.flags | {"avx9999"})
+    with pytest.raises(Unsupported, match="avx9999"):
+        restore(changed(killed, cpu=more))
+    more = dataclasses.replace(cpu, xfeatures=cpu.xfeatures | 1 << 40)
+    with pytest.raises(Unsupported, match="register components"):
+        restore(changed(killed, cpu=more))
+    wait_gone(killed.state.process.pid)
+
+
+def test_damaged_registers_leave_nothing(killed: Captured) -> None:
+    leader, *others = killed.state.process.threads
+    bad = dataclasses.replace(leader, xstate=leader.xstate[:520] + b"\xff" * 8 + leader.xstate[528:])
+    with pytest.raises(ImageDamaged):
+        restore(changed(killed, threads=(bad, *others)))
+    wait_gone(killed.state.process.pid)
+
+
+def test_pages_outside_of_mappings_are_refused(killed: Captured) -> None:
+    killed.image.content[0][0x10] = b"x" * 4096
+    with pytest.raises(ImageDamaged):
+        restore(killed)
+    wait_gone(killed.state.process.pid)
+
+
+# ---- what is left when it fails
+
+
+PHASES = ["check", "spawn", "map", "memory", "finish", "files", "threads", "release"]
+
+
+@pytest.mark.parametrize("phase", PHASES[:-1])
+def test_failure_at_every_phase_leaves_nothing_and_the_next_try_works(
+    killed: Captured, program: Program, phase: str
+) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError(name)
+
+    fds = len(os.listdir("/proc/self/fd"))
+    register(f"restore.{phase}", fail)
+    try:
+        with pytest.raises(RuntimeError):
+            restore(killed)
+    finally:
+        clear()
+    wait_gone(killed.state.process.pid)
+    assert len(os.listdir("/proc/self/fd")) == fds
+    restore(killed)
+    program.wait_rounds(3)
+
+
+@pytest.mark.parametrize("phase", [*PHASES[1:-1], "release"])
+def test_restorer_killed_at_every_phase_leaves_nothing_half_made(
+    killed: Captured, program: Program, phase: str
+) -> None:
+    before = program.read()
+    child = os.fork()
+    if child == 0:
+        register(f"restore.{phase}", lambda name: os.kill(os.getpid(), signal.SIGKILL), at=1)
+        try:
+            restore(killed)
+        finally:
+            os._exit(7)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    if phase == "release":  # the last thread had been let go
+        program.wait_rounds(3)
+        return
+    wait_gone(program.pid)
+    assert program.read() == before  # it never ran
+
+
+def test_process_killed_while_it_is_rebuilt(killed: Captured, program: Program) -> None:
+    def kill_it(stub: Stub) -> None:
+        os.kill(stub.pid, signal.SIGKILL)
+
+    with pytest.raises((TargetGone, CheckpointError)):
+        restore(killed, options=RestoreOptions(wait_for_ids_s=20, before_release=kill_it))
+    wait_gone(program.pid)
+
+
+# ---- what cannot be saved
+
+
+def blockers_of(code: str) -> list[str]:
+    """Of a Python child that has run `code`."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"{code}\nimport time\nprint('ready', flush=True)\ntime.sleep(60)"],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        return process_blockers(child.pid)
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_an_ordinary_program_has_no_blockers() -> None:
+    assert blockers_of("") == []
+
+
+def test_namespaces_and_seccomp_are_blockers_named_together() -> None:
+    code = (
+        "import ctypes, struct, os\nlibc = ctypes.CDLL(None)\n"
+        "libc.unshare(0x04000000)\n"  # CLONE_NEWUTS
+        "prog = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0x7fff0000))\n"
+        "fprog = struct.pack('HxxxxxxQ', 1, ctypes.addressof(prog))\n"
+        "libc.prctl(38, 1, 0, 0, 0)\nassert libc.prctl(22, 2, fprog, 0, 0) == 0"
+    )
+    text = " ".join(blockers_of(code))
+    assert "uts namespace" in text
+    assert "seccomp" in text
+
+
+def test_secret_memory_is_a_blocker() -> None:
+    code = "import ctypes, mmap\nfd = ctypes.CDLL(None).syscall(447, 0)\n" + (
+        "import os\nos.ftruncate(fd, 4096)\nm = mmap.mmap(fd, 4096)" if _has_secretmem() else ""
+    )
+    if not _has_secretmem():
+        pytest.skip("no memfd_secret")
+    assert any("secret" in one for one in blockers_of(code))
+
+
+def _has_secretmem() -> bool:
+    import ctypes
+
+    fd = ctypes.CDLL(None).syscall(447, 0)
+    if fd >= 0:
+        os.close(fd)
+    return bool(fd >= 0)
+
+
+def test_a_32_bit_program_is_a_blocker(tmp_path: Path) -> None:
+    source = tmp_path / "t.c"
+    source.write_text('void _start(void) { for (;;) __asm__ volatile("int $0x80" :: "a"(29)); }')
+    built = subprocess.run(
+        ["gcc", "-m32", "-nostdlib", "-static", "-fno-pie", "-no-pie", "-o", tmp_path / "t", source],
+        capture_output=True,
+    )
+    if built.returncode:
+        pytest.skip("no 32-bit compiler")
+    child = subprocess.Popen([tmp_path / "t"])
+    try:
+        assert any("32-bit" in one for one in process_blockers(child.pid))
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_many_pages_are_written_by_several_threads(tmp_path: Path) -> None:
+    """The figures are printed with -s."""
+    code = (
+        "import mmap, sys, time\nm = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "m[:] = bytes(range(256)) * (len(m) // 256)\nopen(sys.argv[1], 'w').close()\n"
+        "while m[12345] == 12345 % 256 and m[(64 << 20) - 1] == 255: time.sleep(0.01)"
+    )
+    with (tmp_path / "out").open("wb") as out:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path / "ready"],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+        )  # fmt: skip
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    captured = capture(child.pid, kill=True)
+    child.wait()
+    restored = restore(captured)
+    try:
+        assert restored.pages_restored >= 16384
+        print({name: round(us / 1000, 1) for name, us in restored.phases.items()}, "ms")
+        time.sleep(0.1)
+        assert read_stat(restored.pid).state in "SR"
+    finally:
+        kill_and_reap(restored.pid)
+
+
+def test_state_without_a_leader_is_refused(killed: Captured) -> None:
+    with pytest.raises(CheckpointError, match="main thread"):
+        restore(changed(killed, threads=()))
