@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -502,3 +503,81 @@ def test_many_pages_are_written_by_several_threads(tmp_path: Path) -> None:
 def test_state_without_a_leader_is_refused(killed: Captured) -> None:
     with pytest.raises(CheckpointError, match="main thread"):
         restore(changed(killed, threads=()))
+
+
+# ---- sessions, and users without privileges
+
+
+def test_session_of_a_dead_leader_is_made_again(tmp_path: Path) -> None:
+    progress, pid_file = tmp_path / "progress", tmp_path / "pid"
+    script = f'"{sys.executable}" "{PROGRAM}" "{progress}" </dev/null >"{tmp_path}/out" 2>&1 & echo $! >"{pid_file}"'
+    leader = subprocess.Popen(["sh", "-c", script], start_new_session=True)
+    leader.wait()
+    pid = int(pid_file.read_text())
+    deadline = time.monotonic() + 30
+    while not progress.exists() or not progress.read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    captured = capture(pid, kill=True)
+    wait_gone(pid)
+    assert captured.state.process.sid == leader.pid
+    restored = restore(captured)
+    try:
+        stat = read_stat(restored.pid)
+        assert (restored.pid, stat.session, stat.pgrp) == (pid, leader.pid, leader.pid)
+        assert not Path(f"/proc/{leader.pid}").exists()
+    finally:
+        kill_and_reap(restored.pid)
+
+
+def test_session_of_somebody_else_becomes_its_own(program: Program) -> None:
+    captured = capture(program.pid, kill=True)
+    program.kill()
+    restored = restore(changed(captured, sid=os.getsid(0), pgid=program.pid))
+    assert any("session" in warning for warning in restored.warnings)
+    assert read_stat(restored.pid).session == restored.pid
+
+
+UNPRIVILEGED = """
+import ctypes, json, os, struct, subprocess, sys, time
+from pathlib import Path
+from checkpointd.errors import NotPermitted
+from checkpointd.restore.restorer import RestoreOptions
+from tests.programs.restore_harness import capture, restore
+libc = ctypes.CDLL(None)
+assert libc.prctl(28, 3, 0, 0, 0) == 0  # SECBIT_NOROOT and its lock
+assert libc.syscall(126, struct.pack("=Ii", 0x20080522, 0), bytes(24)) == 0
+progress = Path(sys.argv[2])
+with open(os.devnull, "r+b") as null:
+    child = subprocess.Popen([sys.executable, sys.argv[1], progress], stdin=null, stdout=null, stderr=null,
+                             start_new_session=True)
+while not (progress.exists() and progress.read_text().strip()):
+    time.sleep(0.01)
+captured = capture(child.pid, kill=True)
+child.wait()
+try:
+    restore(captured)
+    refused = ""
+except NotPermitted as error:
+    refused = error.message
+restored = restore(captured, new_pid=True, options=RestoreOptions())
+first = progress.read_text().split()
+while progress.read_text().split()[:1] != [str(restored.pid)]:
+    time.sleep(0.01)
+os.kill(restored.pid, 9)
+print(json.dumps({"refused": refused, "warnings": restored.warnings}))
+"""
+
+
+def test_user_without_capabilities_restores_with_new_ids(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNPRIVILEGED, PROGRAM, tmp_path / "progress"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert "CAP_CHECKPOINT_RESTORE" in answer["refused"]
+    assert any("/proc/PID/exe" in warning for warning in answer["warnings"])
