@@ -16,7 +16,8 @@ def every_class():
     queue, found = [errors.CheckpointError], []
     while queue:
         found.append(queue.pop())
-        queue += found[-1].__subclasses__()
+        # only the public tree: a room's own subclass travels as its public base
+        queue += [cls for cls in found[-1].__subclasses__() if cls.__module__ == found[-1].__module__]
     return found
 
 
