@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="first seed (default: from the clock)")
     parser.add_argument("--freezes", type=int, default=6)
     parser.add_argument("--ops", type=int, default=30, help="commands between two freezes, on average")
+    parser.add_argument("--restores", action="store_true", help="kill and restore in between")
     parser.add_argument("--without", default="", help="verbs to leave out, comma separated (ring,uffd)")
     parser.add_argument("--replay", type=Path, help="play this file instead")
     parser.add_argument("--plant", choices=sorted(MISTAKES), help="with --backend naive: make this mistake")
@@ -70,6 +71,8 @@ def _campaign(args: argparse.Namespace, make_engine: EngineFactory) -> int:
     left_out = set(args.without.split(","))
     while time.monotonic() - start < args.seconds and nr_histories != (args.sequences or -1):
         lines = history.generate(seed, nr_freezes=args.freezes, ops_per_freeze=args.ops)
+        if args.restores:
+            lines = history.with_restores(seed)
         lines = [line for line in lines if line.split()[0] not in left_out]
         try:
             verdict = play(lines, make_engine)
@@ -92,6 +95,7 @@ def _line(nr_histories: int, failures: int, total: Verdict, seconds: float) -> s
     return (
         f"{seconds:.0f} s: {nr_histories} histories, {total.nr_generations} generations, "
         f"{total.nr_pages} pages compared, {total.nr_inherited} of them inherited, {total.nr_refused} refusals, "
+        f"{total.nr_restores} restores, "
         f"backends {dict(total.backends)}, {failures} failures"
     )
 

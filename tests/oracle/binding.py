@@ -10,6 +10,8 @@ import tempfile
 import numpy as np
 
 from checkpointd import tracepoint
+from checkpointd.agent.protocol import RestoreArgs
+from checkpointd.agent.restoring import restore
 from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.errors import Unsupported
 from checkpointd.image.store import Store
@@ -24,6 +26,7 @@ class _Image:
     """A generation of checkpointd, read through the store as restore reads it."""
 
     def __init__(self, store_path: str, stats: DumpStats) -> None:
+        self.image_id = stats.image_id
         self._image = Store.open(store_path).load(stats.image_id)
         self.backend = stats.backend
         self.stats = stats.to_dict()
@@ -82,6 +85,17 @@ class CheckpointdEngine:
         finally:
             tracepoint.clear()
         return False
+
+    def restore(self, generation: Generation) -> int:
+        """Bring a generation back (its process is dead) and go on from it; the pid."""
+        assert isinstance(generation, _Image)
+        if self._dumper is not None:
+            self._dumper.close()
+        args = RestoreArgs(store=self._store, image=generation.image_id, changed="allow")
+        stats, self._dumper = restore(args, lambda *_: None)
+        if stats.warnings:
+            raise RuntimeError(f"restore: {stats.warnings}")
+        return stats.pid
 
     def close(self) -> None:
         if self._dumper is not None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from tests.oracle import truth
 from tests.oracle.engine import PRIVATE, Engine, EngineFactory, Generation, Refused
-from tests.oracle.judge import judge
+from tests.oracle.judge import judge, same_memory
 from tests.oracle.target import OracleTarget, TargetDied
 from tests.oracle.truth import PAGE
 
@@ -38,6 +38,7 @@ class Verdict:
     nr_pages: int = 0
     nr_inherited: int = 0
     nr_refused: int = 0
+    nr_restores: int = 0
     backends: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Verdict) -> None:
@@ -45,6 +46,7 @@ class Verdict:
         self.nr_pages += other.nr_pages
         self.nr_inherited += other.nr_inherited
         self.nr_refused += other.nr_refused
+        self.nr_restores += other.nr_restores
         self.backends += other.backends
 
 
@@ -67,6 +69,15 @@ def play(lines: list[str], make_engine: EngineFactory) -> Verdict:
                 elif word == "failfreeze":
                     if kept:
                         _refusing(target, verdict, lambda: engine.fail(target.pid))
+                elif word == "restore":
+                    if kept:
+                        before, _, image = kept[-1 - int(line.split()[1]) % len(kept)]
+                        target.kill()
+                        target.end_relatives()
+                        target.came_back(engine.restore(image))
+                        target.settle()
+                        verdict.findings += same_memory(before, truth.take(target.pid))
+                        verdict.nr_restores += 1
                 elif word == "stormfreeze":
                     _storm(target, engine, line, bool(kept), verdict)
                 else:

@@ -57,6 +57,9 @@ class Engine(Protocol):
     def fail(self, pid: int) -> bool:
         """Begin an incremental dump and let it fail after it read; False when this engine cannot be made to."""
 
+    def restore(self, generation: Generation) -> int:
+        """Bring a generation back; later dumps are of that process, whose pid is returned."""
+
     def close(self) -> None:
         """Let go of the target."""
 

@@ -29,6 +29,61 @@ def judge(before: Truth, after: Truth, image: Generation) -> list[str]:
     return findings[:MAX_FINDINGS]
 
 
+def same_memory(before: Truth, now: Truth) -> list[str]:
+    """What a restored process has otherwise than it had at the freeze."""
+    findings = []
+
+    def shown(truth: Truth) -> list[Span]:
+        return _spans([m for m in truth.mappings if not m.path.startswith(("[vvar", "[vsyscall]"))])
+
+    if shown(before) != shown(now):
+        differing = sorted(set(shown(before)) ^ set(shown(now)))
+        findings.append(f"other mappings than before: {[_span(span) for span in differing[:6]]}")
+    allowed = np.union1d(before.private.pages, before.private.maybe_zero)
+    for page in np.setdiff1d(now.private.pages, allowed).tolist():
+        mapping = _find(now.mappings, page)
+        if not (mapping and ("x" in mapping.prot or mapping.path == "[vdso]")):
+            findings.append(f"page {page * PAGE:#x} was a hole and is none after the restore: {mapping}")
+    for page in np.setdiff1d(before.private.pages, now.private.pages).tolist():
+        mapping, data = _find(before.mappings, page), _row(before.private, page)
+        is_file = mapping is not None and mapping.inode != 0
+        if (data.any() or is_file) and not (mapping and _is_file_content(mapping, page, data)):
+            findings.append(f"page {page * PAGE:#x} held data and is a hole after the restore: {mapping}")
+    common = np.intersect1d(before.private.pages, now.private.pages)
+    data = now.private.data[np.isin(now.private.pages, common)]
+    for n in np.flatnonzero(_differs(common, data, before.private)).tolist():
+        page = int(common[n])
+        findings.append("restored: " + _difference(page, data[n], before.private, _find(now.mappings, page)))
+    was, has = _objects_by_address(before), _objects_by_address(now)
+    for start, (nr_pages, contents) in was.items():
+        if start not in has:
+            continue  # said already: the mappings differ
+        if has[start][0] != nr_pages:
+            findings.append(f"the object mapped at {start:#x} had {nr_pages} pages and has {has[start][0]}")
+        restored = has[start][1]
+        filled = np.setdiff1d(restored.pages, contents.pages)
+        if len(filled):
+            findings.append(f"the object mapped at {start:#x}: holes {filled.tolist()[:9]} were filled")
+        # a page of zeroes may come back as a hole: it reads the same, to the program and to the next dump
+        wrong = _differs(contents.pages, contents.data, restored)
+        if wrong.any():
+            pages = contents.pages[wrong].tolist()
+            findings.append(f"the object mapped at {start:#x} has other contents in pages {pages[:9]}")
+    if not np.array_equal(np.sort(before.guards), np.sort(now.guards)):
+        findings.append(f"guard regions were {_some(before.guards)} and are {_some(now.guards)}")
+    return findings[:MAX_FINDINGS]
+
+
+def _objects_by_address(truth: Truth) -> dict[int, tuple[int, Contents]]:
+    """Shared memory by where it is mapped: a restored object has another inode."""
+    found = {}
+    for mapping in truth.mappings:
+        key = (mapping.device, mapping.inode, mapping.path.startswith("/SYSV"))
+        if mapping.shared and key in truth.shared:
+            found[mapping.start] = truth.shared[key]
+    return found
+
+
 def _private(before: Truth, after: Truth, image: Generation) -> list[str]:
     pages = image.pages(PRIVATE)
     if len(pages) > 1 and not bool((np.diff(pages.astype(np.int64)) > 0).all()):
@@ -149,7 +204,10 @@ def _merge(spans: list[Span]) -> list[Span]:
 
 
 def _spans(mappings: list[Mapping]) -> list[Span]:
-    return _merge([(m.start, m.end, m.prot, m.offset, m.inode != 0) for m in mappings])
+    """A private mapping of /dev/zero is anonymous memory by another name."""
+    return _merge(
+        [(m.start, m.end, m.prot, m.offset, m.inode != 0 and m.path != "/dev/zero") for m in mappings]
+    )
 
 
 def _span(span: Span) -> str:

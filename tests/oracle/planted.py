@@ -165,6 +165,9 @@ class NaiveEngine:
     def fail(self, pid: int) -> bool:
         return False
 
+    def restore(self, generation: object) -> int:
+        raise NotImplementedError("a naive engine restores nothing")
+
     def close(self) -> None:
         self._parent = None
 

@@ -148,13 +148,30 @@ class OracleTarget:
         if self.process is not None:
             self.process.wait()
             self.process = None
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while self.state() not in ("gone", "X") and time.monotonic() < deadline:
+            try:
+                os.waitpid(self.pid, os.WNOHANG)  # a restored one may be our child
+            except ChildProcessError:
+                if self.state() == "Z":
+                    break
+            time.sleep(0.002)
 
-    def close(self) -> None:
-        self.kill()
+    def came_back(self, pid: int) -> None:
+        """It was killed and restored as `pid`."""
+        self.pid = pid
+
+    def end_relatives(self) -> None:
+        """Kill them: to a restored target they are strangers, and they hold on to its session."""
         for pid in self.relatives.values():
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, 9)
                 os.waitpid(pid, 0)
+        self.relatives.clear()
+
+    def close(self) -> None:
+        self.kill()
+        self.end_relatives()
         for pair in self._fds:
             for fd in pair:
                 os.close(fd)

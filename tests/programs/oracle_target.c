@@ -338,11 +338,25 @@ static long ring_open(struct slot *s, size_t first)
 	return 0;
 }
 
-static long ring_read(uint64_t value)       // the kernel writes into the registered (pinned) page
+// The kernel writes into the registered (pinned) page.  From a pipe it does so at once; from a disk it starts a
+// kernel worker, which stays among our tasks for seconds.
+static long ring_read(uint64_t value, int from_disk)
 {
+	char buffer[PAGE];
+	int fds[2] = {-1, -1}, fd;
 	if (ring.fd < 0)
 		return -ENOENT;
-	int fd = direct_file(value);
+	if (from_disk)
+		fd = direct_file(value);
+	else {
+		if (pipe2(fds, O_CLOEXEC))
+			return -errno;
+		fill_page(buffer, value);
+		if (write(fds[1], buffer, PAGE) != (ssize_t)PAGE)
+			return -EIO;
+		close(fds[1]);
+		fd = fds[0];
+	}
 	if (fd < 0)
 		return -errno;
 	unsigned tail = *ring.sq_tail, index = tail & *ring.sq_mask;
@@ -650,9 +664,9 @@ static long obey(char *line)
 			return by_pipe(s, first, value);
 		return !strcmp(word, "direct") ? by_direct(s, first, value) : by_self_vm(s, first, value);
 	}
-	if (!strcmp(verb, "ring"))                                    // ring SLOT open|read|close FIRST _ VALUE
-		return !strcmp(word, "open") ? ring_open(s, first) : !strcmp(word, "read") ? ring_read(value)
-										    : ring_close();
+	if (!strcmp(verb, "ring"))                                    // ring SLOT open|read|disk|close FIRST _ VALUE
+		return !strcmp(word, "open") ? ring_open(s, first) : !strcmp(word, "close")
+										? ring_close() : ring_read(value, word[0] == 'd');
 	if (!strcmp(verb, "uffd"))                                    // uffd SLOT on|copy|off FIRST _ VALUE
 		return !strcmp(word, "on") ? uffd_on(s) : !strcmp(word, "copy") ? uffd_copy(s, first, value)
 										 : uffd_off();
