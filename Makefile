@@ -65,11 +65,17 @@ bench: $(STAMP) ## measure against physical limits and peers (long)
 soak: $(STAMP) ## kill agents 10,000 times at random instants (long)
 	$(PY) -m tests.soak.run --kills 10000 $(ARGS)
 
+KERNELS = 6.12-stock 6.12-precise 6.1-stock 6.1-precise
+
 kernel: $(STAMP) ## build the stock and the patched kernels (cached; 5 minutes each)
-	@for name in 6.12-stock 6.12-precise 6.1-stock 6.1-precise; do $(VMTEST) build $$name || exit 1; done
+	$(VMTEST) build $(KERNELS)
 
 vm: $(STAMP) ## run CMD in a kernel of ours: make vm KERNEL=6.12-precise CMD="uname -r"
-	$(VMTEST) run $(KERNEL) -- $(CMD)
+	$(VMTEST) run $(KERNEL) --timeout 600 -- sh -c '$(CMD)'
+
+check-vm: kernel ## the tests that need these kernels
+	@for k in $(KERNELS); do $(VMTEST) run $$k --timeout 900 -- python -m pytest -q -p no:cacheprovider \
+	    tests/vm/test_kernel_behaviour.py tests/vm/test_kernel_emulation.py || exit 1; done
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
