@@ -7,10 +7,16 @@ here, so that a failure is the same for everybody; the finding names seed and li
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
+from checkpointd.memory import NO_PAGES, PageNumbers, pages_of, runs_of
+from checkpointd.tracking.base import Collection, Space
+from checkpointd.tracking.uffd_wp import UffdWpTracker
 from tests import abilities
 from tests.oracle import history, truth
 from tests.oracle.binding import CheckpointdEngine
@@ -83,6 +89,31 @@ def test_segment_mapped_longer_than_it_is_comes_back() -> None:
     """mremap(2) may grow a System V mapping beyond the end of its segment."""
     lines = ["map 0 sysv 0 9", "write 0 fill 0 9 5", "remap 0 resize 0 30", "freeze", "restore 0"]
     assert not play(lines, lambda: _engine("content")).findings
+
+
+@pytest.mark.parametrize("share", [1.0, 0.01])
+def test_tracker_that_forgets_dirty_pages_is_seen(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """The real dump loop with a mistake in its tracker: the oracle does not take its word for anything."""
+    abilities.require("uffd_wp")
+    dice = random.Random(1)
+    before: dict[UffdWpTracker, PageNumbers] = {}
+    collect = UffdWpTracker.collect
+
+    def forgetful(self: UffdWpTracker, space: Space) -> Collection:
+        found = collect(self, space)
+        dirty = pages_of(found.dirty)
+        lost = np.array([dice.random() < share for _ in dirty], dtype=bool)
+        lost &= np.isin(dirty, before.get(self, NO_PAGES))  # a page that is new cannot be inherited
+        before[self] = np.union1d(pages_of(found.clean), dirty)
+        clean = np.sort(np.concatenate((pages_of(found.clean), dirty[lost])))
+        return dataclasses.replace(found, dirty=runs_of(dirty[~lost]), clean=runs_of(clean))
+
+    monkeypatch.setattr(UffdWpTracker, "collect", forgetful)
+    for seed in range(1, 30):
+        before.clear()
+        if play(history.generate(seed), lambda: _engine("uffd-wp", "stopped")).findings:
+            return
+    pytest.fail("nothing was noticed")
 
 
 @pytest.fixture
