@@ -29,10 +29,9 @@ import signal as signals_of_python
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from checkpointd.errors import CheckpointError, RestoreConflict, Unsupported
-from checkpointd.linux import prctl, prlimit, ptrace, sched
+from checkpointd.linux import prctl, ptrace
 from checkpointd.linux import signal as sig
 from checkpointd.linux.arch import Nr, mmap_min_addr
 from checkpointd.memory import PAGE_SIZE
@@ -46,16 +45,16 @@ from checkpointd.restore.objects import Objects, open_file
 from checkpointd.restore.plan import Step
 from checkpointd.restore.spawn import ADDR_COMPAT_LAYOUT, Birth, spawn
 from checkpointd.restore.stub import WORK_BYTES, StepFailedError, Stub
+from checkpointd.restore.surroundings import schedule, set_limits, set_program, set_surroundings
 from checkpointd.state.files import FilesOptions
 from checkpointd.state.memory import FileIdentity
 from checkpointd.state.process import ImageState, ProcessState
-from checkpointd.state.threads import Credentials, Scheduling
+from checkpointd.state.threads import Credentials
 from checkpointd.target.remote import Call
 from checkpointd.target.threads import RememberedSleep, SleepMemory
 from checkpointd.tracepoint import hit
 
 _WORK_PER_THREAD = 4 * PAGE_SIZE
-_EPERM = 1
 
 Progress = Callable[[str, int, int], None]
 """(phase, done, total)"""
@@ -279,7 +278,8 @@ class _Restorer:
     def _build(self, stub: Stub, exe_fd: int | None) -> tuple[int, dict[int, int]]:
         state = self.process
         size = WORK_BYTES + len(state.threads) * _WORK_PER_THREAD
-        size += sum(len(thread.pending) for thread in state.threads) * 2 * sig.SIGINFO_BYTES
+        nr_pending = len(state.signals.pending) + sum(len(thread.pending) for thread in state.threads)
+        size += nr_pending * 2 * sig.SIGINFO_BYTES
         size = -(-size // PAGE_SIZE) * PAGE_SIZE
         stub.open_work_area(plan.find_hole(self.space, size, mmap_min_addr()), size)
         local = ptrace.get_regset(stub.pid, ptrace.NT_X86_XSTATE)
@@ -287,7 +287,7 @@ class _Restorer:
         stub.run([Step(Call(Nr.ALARM, (0,)), "alarm"), *plan.wipe_steps(stub.work)])
         stub.run(plan.mapping_steps(self.space, self.objects.fds, self.objects.shmids))
         stub.run(thread_steps.tile_permission_steps(state))
-        self._set_program(stub, exe_fd)
+        set_program(stub, state.layout, exe_fd, self.warnings)
         self._map_vdso(stub)
         self._mark("map")
         nr_pages = fill(stub, self.image, self.space, self.objects, self.progress)
@@ -295,7 +295,7 @@ class _Restorer:
         self.progress("rebuilding", 0, 0)
         stub.run(plan.finishing_steps(self.space, stub))
         stub.reset()
-        self._surroundings(stub)
+        set_surroundings(stub, state)
         self._mark("finish")
         if self.files is not None:
             context = FilesContext(
@@ -316,7 +316,7 @@ class _Restorer:
             thread_steps.warm_tiles(stub, thread, tids[thread.tid])
         # all that needs privileges comes before the threads become who they were
         stub.run(self._signal_steps(stub, tids))
-        self._limits(stub)
+        set_limits(stub.pid, state, self.warnings)
         stub.run_all(
             {
                 tids[thread.tid]: thread_steps.own_steps(stub, thread, tids[thread.tid], self.ours)
@@ -326,7 +326,7 @@ class _Restorer:
         self._last_words(stub)
         stub.reset()
         for thread in state.threads:
-            self._schedule(tids[thread.tid], thread.scheduling)
+            schedule(tids[thread.tid], thread.scheduling, self.warnings)
         self._mark("threads")
         if self.options.before_release is not None:
             self.options.before_release(stub)
@@ -345,30 +345,6 @@ class _Restorer:
             )
         self.local_xstate_bytes = len(local_xstate)
 
-    def _set_program(self, stub: Stub, exe_fd: int | None) -> None:
-        """What /proc shows of the program, and where brk goes on; then no inherited descriptor is needed."""
-        layout = self.process.layout
-        values = (
-            layout.start_code, layout.end_code, layout.start_data, layout.end_data, layout.start_brk, layout.brk,
-            layout.start_stack, layout.arg_start, layout.arg_end, layout.env_start, layout.env_end,
-        )  # fmt: skip
-        auxv_at = stub.put(layout.auxv)
-
-        def step(fd: int | None) -> Step:
-            at = stub.put(prctl.pack_mm_map(values, auxv_at, len(layout.auxv), fd))
-            args = (prctl.PR_SET_MM, prctl.PR_SET_MM_MAP, at, prctl.MM_MAP_SIZE, 0)
-            return Step(Call(Nr.PRCTL, args), "describing the program (PR_SET_MM_MAP)")
-
-        try:
-            stub.run([step(exe_fd)])
-        except StepFailedError as error:
-            if exe_fd is None or error.number != _EPERM:
-                raise
-            stub.run([step(None)])
-            self.warnings.append("/proc/PID/exe does not show the program: that needs CAP_CHECKPOINT_RESTORE")
-        stub.run([Step(Call(Nr.CLOSE_RANGE, (0, 0xFFFF_FFFF, 0)), "closing descriptors")])
-        stub.reset()
-
     def _map_vdso(self, stub: Stub) -> None:
         steps = plan.vdso_steps(self.space)
         if not steps:
@@ -380,39 +356,6 @@ class _Restorer:
             raise Unsupported(
                 f"the kernel did not map {missing[0]} where it was", hint="report this", blockers=missing
             )
-
-    def _surroundings(self, stub: Stub) -> None:
-        """Directory, root, umask, personality, and switches of the whole process."""
-        state = self.process
-        steps = [Step(Call(Nr.CHDIR, (self._path(stub, state.cwd),)), f"changing to directory {state.cwd}")]
-        if state.root != "/":
-            steps.append(
-                Step(Call(Nr.CHROOT, (self._path(stub, state.root),)), f"changing root to {state.root}")
-            )
-        steps += [
-            Step(Call(Nr.UMASK, (state.umask,)), "umask"),
-            Step(Call(Nr.PERSONALITY, (state.personality,)), "personality"),
-        ]
-        if state.child_subreaper:
-            steps.append(Step(Call(Nr.PRCTL, (prctl.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)), "child subreaper"))
-        if state.thp_disable:
-            args = (prctl.PR_SET_THP_DISABLE, state.thp_disable & 1, state.thp_disable & ~1, 0, 0)
-            steps.append(Step(Call(Nr.PRCTL, args), "THP switch", may_fail=True))
-        if state.memory_merge:
-            steps.append(
-                Step(Call(Nr.PRCTL, (prctl.PR_SET_MEMORY_MERGE, 1, 0, 0, 0)), "KSM switch", may_fail=True)
-            )
-        steps += [
-            Step(Call(Nr.MEMBARRIER, (1 << bit, 0, 0)), "membarrier registration")
-            for bit in range(16)
-            if state.membarrier >> bit & 1
-        ]
-        stub.run(steps)
-        stub.reset()
-
-    @staticmethod
-    def _path(stub: Stub, path: str) -> int:
-        return stub.put(os.fsencode(path) + b"\0")
 
     def _signal_steps(self, stub: Stub, tids: dict[int, int]) -> list[Step]:
         signals = self.process.signals
@@ -434,51 +377,6 @@ class _Restorer:
             stub.run([Step(Call(Nr.PRCTL, (prctl.PR_SET_DUMPABLE, dumpable, 0, 0, 0)), "dumpable")])
         if self.files is not None:
             stub.batch(after_credentials(self.files))
-
-    def _limits(self, stub: Stub) -> None:
-        """Limits and the like, set by us while it is still our user's (prlimit(2))."""
-        state = self.process
-        for limit in state.limits:
-            try:
-                prlimit.set_limit(stub.pid, limit.resource, limit.soft, limit.hard)
-            except PermissionError:
-                hard = min(limit.hard, prlimit.get_limit(stub.pid, limit.resource)[1])
-                prlimit.set_limit(stub.pid, limit.resource, min(limit.soft, hard), hard)
-                self.warnings.append(
-                    f"its hard limit of {prlimit.NAMES[limit.resource]} is {hard} now: raising it to {limit.hard} "
-                    "needs CAP_SYS_RESOURCE"
-                )
-        self._write_proc(stub.pid, "oom_score_adj", str(state.oom_score_adj))
-        if state.coredump_filter is not None:
-            self._write_proc(stub.pid, "coredump_filter", hex(state.coredump_filter))
-
-    def _write_proc(self, pid: int, name: str, value: str) -> None:
-        path = Path(f"/proc/{pid}/{name}")
-        try:
-            path.write_text(value, encoding="ascii")
-        except OSError as error:
-            self.warnings.append(f"its {name} could not be set to {value}: {error.strerror}")
-
-    def _schedule(self, tid: int, wanted: Scheduling) -> None:
-        try:
-            if wanted.cpus:
-                here = set(wanted.cpus) & set(range(os.cpu_count() or 1))
-                if here:
-                    os.sched_setaffinity(tid, here)
-                else:
-                    self.warnings.append(f"thread {tid}: none of its CPUs {wanted.cpus} is here")
-            elif os.sched_getaffinity(tid) != (everywhere := set(range(os.cpu_count() or 1))):
-                os.sched_setaffinity(tid, everywhere)
-            attr = sched.SchedAttr(
-                wanted.policy, wanted.flags, wanted.nice, wanted.priority,
-                wanted.runtime_ns, wanted.deadline_ns, wanted.period_ns,
-            )  # fmt: skip
-            if sched.get_attr(tid) != attr:
-                sched.set_attr(tid, attr)
-            if sched.get_ioprio(tid) != wanted.ioprio:
-                sched.set_ioprio(tid, wanted.ioprio)
-        except OSError as error:
-            self.warnings.append(f"thread {tid}: its scheduling could not be given back: {error}")
 
     # ---- letting go
 

@@ -14,6 +14,7 @@ Raises: RestoreConflict (the pid is in use, by whom), NotPermitted, OSError.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import struct
@@ -154,7 +155,7 @@ def _spawn_once(birth: Birth) -> Stub:
             clone.pack_entry(Nr.CLONE3, (tables.put(stub_args), clone.CLONE_ARGS_BYTES), result=0)
         )
         helper_at = tables.put(b"".join(helper_calls))
-        stub_calls, exec_index = _stub_calls(birth, memfd, tables)
+        stub_calls = _stub_calls(birth, memfd, tables)
         stub_at = tables.put(b"".join(stub_calls))
         code = clone.NativeCode(SPAWN)
         helper = code(
@@ -171,20 +172,28 @@ def _spawn_once(birth: Birth) -> Stub:
         pid = clone.entry_result(tables.get(helper_at), len(helper_calls) - 1)
         if pid < 0:
             _raise(-pid, birth.pid)
-        failed = clone.entry_result(tables.get(stub_at), exec_index)
-        if failed < 0:
-            raise OSError(-failed, f"execveat: {os.strerror(-failed)}")
+        _check_table(tables.get(stub_at))
     finally:
         os.close(memfd)
     try:
         return Stub.attach(pid)
     except BaseException:
-        os.kill(pid, 9)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 9)
         raise
 
 
-def _stub_calls(birth: Birth, memfd: int, tables: _Tables) -> tuple[list[bytes], int]:
-    """The stub's table, and which of its entries is the exec."""
+def _check_table(table: bytearray) -> None:
+    """Raise for the entry at which the stub gave up."""
+    for index in range(len(table) // clone.ENTRY_BYTES):
+        nr, may_fail = struct.unpack_from("=II", table, index * clone.ENTRY_BYTES)
+        result = clone.entry_result(table, index)
+        if result < 0 and not may_fail:
+            raise OSError(-result, f"{Nr(nr).name.lower()} of a new process: {os.strerror(-result)}")
+
+
+def _stub_calls(birth: Birth, memfd: int, tables: _Tables) -> list[bytes]:
+    """The stub's table; the exec is its last entry."""
     mask = sig.ALL_SIGNALS & ~sig.bit(_SIGALRM)
     calls = [
         clone.pack_entry(Nr.RT_SIGPROCMASK, (_SIG_SETMASK, tables.put(struct.pack("=Q", mask)), 0, 8)),
@@ -208,7 +217,7 @@ def _stub_calls(birth: Birth, memfd: int, tables: _Tables) -> tuple[list[bytes],
     argv = tables.put(struct.pack("=QQ", name, 0))
     envp = tables.put(struct.pack("=Q", 0))
     calls.append(clone.pack_entry(Nr.EXECVEAT, (memfd, empty, argv, envp, _AT_EMPTY_PATH)))
-    return calls, len(calls) - 1
+    return calls
 
 
 def _raise(number: int, wanted: int) -> None:

@@ -16,12 +16,12 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpointd.errors import CheckpointError, NotPermitted, Unsupported
-from checkpointd.linux import prctl, prlimit
+from checkpointd.linux import prctl, prlimit, timer
 from checkpointd.linux.arch import ARCH_GET_XCOMP_PERM, Nr, cpu_flags
 from checkpointd.memory import TASK_SIZE, Vma, VmaKind
 from checkpointd.procfs import maps, process
@@ -48,6 +48,7 @@ _MEMBARRIER_GET_REGISTRATIONS = 512
 _XSTATE_MASK_AT = 464  # sw_reserved bytes of the legacy area: XCR0 (Linux arch/x86/kernel/fpu/regset.c)
 _EI_CLASS, _ELFCLASS64 = 4, 2
 _DELETED = " (deleted)"
+_ALL_ONES = "0xffffffffffffffff"
 
 
 @dataclass
@@ -79,7 +80,7 @@ def prepare_process(pid: int) -> ProcessDraft:
     check_attachable(pid)
     draft = ProcessDraft(pid)
     try:
-        _fill(draft)
+        _fill(draft, maps.read_smaps(pid))
     except OSError as error:
         raise _meaning(pid, error) from error
     return draft
@@ -105,7 +106,7 @@ def _meaning(pid: int, error: OSError) -> CheckpointError:
     return CheckpointError(f"process {pid} could not be examined: {error}", pid=pid)
 
 
-def _fill(draft: ProcessDraft) -> None:
+def _fill(draft: ProcessDraft, vmas: Iterable[Vma]) -> None:
     pid = draft.pid
     status = process.read_status(pid)
     draft.exe, draft.exe_deleted, is_64bit = _exe(pid)
@@ -126,7 +127,9 @@ def _fill(draft: ProcessDraft) -> None:
                 "run checkpointd inside it"
             )
     draft.blockers += _seccomp_blockers(pid)
-    draft.blockers += vma_blockers(maps.read_maps(pid))
+    draft.blockers += vma_blockers(vmas)
+    draft.blockers += _feature_blockers(status)
+    draft.blockers += _directory_blockers(pid)
     children = _children(pid)
     if children:
         draft.warnings.append(
@@ -171,6 +174,24 @@ def _seccomp_blockers(pid: int) -> list[str]:
     if "1" in modes:
         return ["it runs under strict seccomp, without which it may not come back"]
     return []
+
+
+def _feature_blockers(status: Mapping[str, str]) -> list[str]:
+    found = []
+    if "shstk" in status.get("x86_Thread_features", ""):
+        found.append("it runs with shadow stacks (CET), which are not restored")
+    if int(status.get("untag_mask", _ALL_ONES), 16) != int(_ALL_ONES, 16):
+        found.append("it runs with tagged addresses (LAM), which are not restored")
+    return found
+
+
+def _directory_blockers(pid: int) -> list[str]:
+    found = []
+    for name, what in (("cwd", "working directory"), ("root", "root directory")):
+        path = os.readlink(f"/proc/{pid}/{name}")
+        if path.endswith(_DELETED) and not os.path.exists(path):
+            found.append(f"its {what} {path.removesuffix(_DELETED)} was removed")
+    return found
 
 
 def _children(pid: int) -> list[int]:
@@ -227,7 +248,7 @@ def capture_process(
     try:
         if draft is None or draft.pid != pid:
             draft = ProcessDraft(pid)
-            _fill(draft)
+            _fill(draft, maps.read_maps(pid))
         asked = _ask(remote)
         blockers = [*draft.blockers, *asked.blockers]
         if blockers:
@@ -240,6 +261,8 @@ def capture_process(
             )
         threads, warnings = capture_threads(frozen, remote, memory=memory, sleep_calls=draft.sleep_calls)
         signals = capture_signals(frozen, remote)
+        if len(threads) > 1 and any(one.clock == timer.THREAD_CLOCK for one in signals.posix_timers):
+            warnings.append("its timers on the CPU time of a thread will count the main thread's")
         stat, status = process.read_stat(pid), process.read_status(pid)
         return ProcessState(
             pid=pid,
