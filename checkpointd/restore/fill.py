@@ -26,6 +26,7 @@ from checkpointd.state.memory import AddressSpace
 
 _NR_THREADS = 2
 _MIN_PAGES_TO_SPLIT = 64
+_HUGE_PAGES = np.uint64(512)
 _NO_WRITES = frozenset({VmaKind.VDSO, VmaKind.VVAR, VmaKind.VSYSCALL})
 
 Bytes = npt.NDArray[np.uint8]
@@ -108,13 +109,19 @@ def _write_private(
         if len(pages):
             _write_part(stub.pid, pages, data)
         return
-    cuts = [n * len(pages) // _NR_THREADS for n in range(_NR_THREADS + 1)]
+    cuts = [0, *(_cut(pages, n * len(pages) // _NR_THREADS) for n in range(1, _NR_THREADS)), len(pages)]
     jobs = [
         pool.submit(_write_part, stub.pid, pages[lo:hi], data[lo * PAGE_SIZE : hi * PAGE_SIZE])
         for lo, hi in itertools.pairwise(cuts)
     ]
     for job in jobs:
         job.result()
+
+
+def _cut(pages: PageNumbers, near: int) -> int:
+    """Where to divide the work: between huge pages, so that no two threads fault (and zero) the same one."""
+    cut = int(np.searchsorted(pages, pages[near] // _HUGE_PAGES * _HUGE_PAGES))
+    return cut or near
 
 
 def _write_part(pid: int, pages: PageNumbers, data: Bytes) -> None:
