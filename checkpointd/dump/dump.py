@@ -35,8 +35,6 @@ from checkpointd.errors import (
     Unsupported,
 )
 from checkpointd.linux import pagemap_scan as ps
-from checkpointd.linux import pidfd
-from checkpointd.linux import userfaultfd as uffd
 from checkpointd.memory import (
     FILE_CONTENT_OBJECTS,
     NO_RUNS,
@@ -59,13 +57,11 @@ from checkpointd.target.fork import ForkedCopy
 from checkpointd.target.freeze import Frozen, freeze
 from checkpointd.target.memory import CapturedSpace, capture_address_space, data_extents
 from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
-from checkpointd.target.remote import Call, Remote, Result
+from checkpointd.target.remote import Remote
 from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
-from checkpointd.tracking.content import ContentTracker
-from checkpointd.tracking.select import Choice, select_backend
-from checkpointd.tracking.uffd_wp import FEATURES, UffdWpTracker
+from checkpointd.tracking.make import make_tracker
+from checkpointd.tracking.select import Choice
 
-NR_CLOSE = 3
 FORK_ABOVE_PAGES = 25_600
 """100 MiB: above it a forked copy stops the target for less time than a stopped read (injection facts, 10)."""
 
@@ -406,27 +402,7 @@ class Dumper:
 
     def _make_tracker(self, backend: str, remote: Remote) -> None:
         self.untrack()
-        refused = ""
-        calls = [Call(uffd.NR_USERFAULTFD, (os.O_CLOEXEC | os.O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY,))]
-        if backend != "content":
-            with contextlib.suppress(AttributeError):
-                if not remote.seccomp_ok(calls):  # type: ignore[attr-defined]
-                    refused = f"a seccomp filter of process {self.pid} forbids userfaultfd"
-        choice = select_backend(backend, self._features, injection_refused=refused)
-        if choice.backend == "uffd-wp":
-            try:
-                fd = _make_userfaultfd(self.pid, remote, calls)
-            except OSError as error:
-                choice = select_backend(
-                    backend,
-                    self._features,
-                    injection_refused=f"userfaultfd failed in the target: {error.strerror}",
-                )
-            else:
-                self._tracker = UffdWpTracker(fd, has_guard_category=self._features.guard_category)
-        if choice.backend == "content":
-            self._tracker = ContentTracker(has_guard_category=self._features.guard_category)
-        self.choice = choice
+        self._tracker, self.choice = make_tracker(backend, self.pid, remote, self._features)
 
     def _parent_of(self, options: DumpOptions) -> tuple[str, str]:
         if not options.incremental:
@@ -464,27 +440,6 @@ def _identity(pid: int) -> process.ProcessIdentity:
         return process.identity(pid)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise TargetGone(f"no process with pid {pid}", hint="look it up with `ps`", pid=pid) from error
-
-
-def _make_userfaultfd(pid: int, remote: Remote, calls: list[Call]) -> int:
-    """A userfaultfd of the target's address space, held by us alone."""
-    number = remote.batch(calls, undo=[Call(NR_CLOSE, (Result(0),))])[0]
-    if number < 0:
-        raise OSError(-number, os.strerror(-number), "userfaultfd")
-    try:
-        process_fd = pidfd.pidfd_open(pid)
-        try:
-            fd = pidfd.pidfd_getfd(process_fd, number)
-        finally:
-            os.close(process_fd)
-    finally:
-        remote.call(NR_CLOSE, number)
-    try:
-        uffd.handshake(fd, FEATURES)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
 
 
 def _joined(a: Runs, b: Runs) -> Runs:
