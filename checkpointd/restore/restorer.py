@@ -259,7 +259,12 @@ class _Restorer:
     def _session(self) -> tuple[int, bool]:
         """(session to make again or 0 for an own one, in a group of its own there)."""
         state = self.process
-        if self.new_pid or state.sid in (state.pid, 0):
+        if self.new_pid or state.sid == state.pid:
+            return 0, False
+        if state.sid == 0:
+            self.warnings.append(
+                "its session was led from outside of its pid namespace: it leads its own now"
+            )
             return 0, False
         if state.pgid not in (state.pid, state.sid):
             self.warnings.append(

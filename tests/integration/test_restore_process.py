@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,13 @@ import pytest
 from checkpointd.errors import CheckpointError, ImageDamaged, RestoreConflict, TargetGone, Unsupported
 from checkpointd.linux import capability as cap
 from checkpointd.linux.arch import Nr
+from checkpointd.memory import VmaKind
 from checkpointd.procfs import maps
 from checkpointd.procfs.process import read_stat, read_status
 from checkpointd.restore.restorer import RestoreOptions
 from checkpointd.restore.stub import Stub
 from checkpointd.state.files import FilesOptions
+from checkpointd.state.memory import VmaState
 from checkpointd.target.process import process_blockers
 from checkpointd.target.remote import Call
 from checkpointd.tracepoint import clear, register
@@ -119,22 +121,77 @@ def test_another_python_in_which_numpy_is_not_loaded(tmp_path: Path) -> None:
         program.kill()
 
 
-def test_maps_are_the_same_afterwards(program: Program) -> None:
-    def layout() -> list[tuple[int, int, int, str]]:
-        return [(vma.start, vma.end, vma.prot, vma.path) for vma in maps.read_maps(program.pid)]
+Area = tuple[int, int, int, bool, int, int, str, frozenset[str]]
+"""(start, end, prot, shared, offset, inode, path, VmFlags)"""
 
+
+def _canonical(vmas: Iterable[maps.Vma | VmaState], inodes: dict[int, int]) -> list[Area]:
+    """The mappings, those joined that the kernel may join or keep apart as it likes.
+
+    It keeps neighbours apart that are alike in everything one can see when their pages were faulted in by
+    different histories (anon_vma), and a restored process has another history.  Joined are only private mappings
+    with equal protection, flags and name, of nothing or of the same file at the offset that goes on.
+
+    Args:
+        inodes: of the files of a `VmaState`.
+    """
+    found: list[Area] = []
+    for vma in vmas:
+        inode = (
+            vma.inode if isinstance(vma, maps.Vma) else inodes.get(vma.file or 0, 0) * (vma.file is not None)
+        )
+        one = (vma.start, vma.end, vma.prot, vma.shared, vma.offset, inode, vma.path, vma.flags - {"sd"})
+        last = found[-1] if found else None
+        if last is not None and last[1] == one[0] and last[2:4] == one[2:4] and last[5:] == one[5:]:
+            goes_on = not inode or last[4] + last[1] - last[0] == one[4]
+            if goes_on and not vma.shared and not vma.path.startswith("[v"):
+                found[-1] = (last[0], *one[1:4], *last[4:])
+                continue
+        found.append(one)
+    return found
+
+
+def test_maps_are_the_same_afterwards(program: Program) -> None:
     captured = capture(program.pid, kill=True)
     program.kill()
-    wanted = [(vma.start, vma.end, vma.prot, vma.path) for vma in captured.state.address_space.vmas]
-    seen: list[list[tuple[int, int, int, str]]] = []
+    space = captured.state.address_space
+    inodes = {index: file.inode for index, file in enumerate(space.files)}
+    seen: list[list[maps.Vma]] = []
     restore(
-        captured, options=RestoreOptions(wait_for_ids_s=20, before_release=lambda stub: seen.append(layout()))
+        captured,
+        options=RestoreOptions(
+            wait_for_ids_s=20, before_release=lambda stub: seen.append(maps.read_smaps(stub.pid))
+        ),
     )
-    work = [one for one in seen[0] if one not in wanted and one[2] == 7]
+    known = {(vma.start, vma.end) for vma in space.vmas}
+    work = [one for one in seen[0] if (one.start, one.end) not in known and one.prot == 7]
     assert len(work) == 1  # the work area, which goes before the first instruction
-    rest = [one for one in seen[0] if one != work[0] and one[3] != "[vsyscall]"]
-    assert rest == wanted
-    assert not [vma for vma in maps.read_maps(program.pid) if vma.start == work[0][0]]
+    rest = [one for one in seen[0] if one != work[0] and one.path != "[vsyscall]"]
+    assert _canonical(rest, {}) == _canonical(space.vmas, inodes)
+    assert not [vma for vma in maps.read_maps(program.pid) if vma.start == work[0].start]
+
+
+def test_canonical_mappings_are_joined_only_where_the_kernel_may() -> None:
+    base = maps.Vma(0x1000, 0x2000, 3, False, 0, (0, 0), 0, "", False, VmaKind.ANON, frozenset({"rd", "wr"}))
+
+    def joined(**other: object) -> bool:
+        second = dataclasses.replace(base, **{"start": 0x2000, "end": 0x3000, **other})
+        return len(_canonical([base, second], {})) == 1
+
+    assert joined()
+    for other in (
+        {"start": 0x2800},
+        {"prot": 1},
+        {"shared": True},
+        {"inode": 7},
+        {"path": "[heap]"},
+        {"flags": frozenset({"rd", "wr", "ac"})},
+    ):
+        assert not joined(**other), other
+    of_file = dataclasses.replace(base, inode=7, path="/x", offset=0x5000)
+    after = dataclasses.replace(of_file, start=0x2000, end=0x3000, offset=0x6000)
+    assert len(_canonical([of_file, after], {})) == 1
+    assert len(_canonical([of_file, dataclasses.replace(after, offset=0x7000)], {})) == 2
 
 
 def test_parent_is_not_the_restorer_and_nothing_is_held(killed: Captured, program: Program) -> None:
@@ -531,9 +588,23 @@ def test_session_of_a_dead_leader_is_made_again(tmp_path: Path) -> None:
 
 
 def test_session_of_somebody_else_becomes_its_own(program: Program) -> None:
+    # not our own session: in a container that has no id where we are
+    other = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        captured = capture(program.pid, kill=True)
+        program.kill()
+        restored = restore(changed(captured, sid=other.pid, pgid=program.pid))
+        assert any(f"session {other.pid}" in warning for warning in restored.warnings)
+        assert read_stat(restored.pid).session == restored.pid
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_session_outside_of_the_pid_namespace_becomes_its_own(program: Program) -> None:
     captured = capture(program.pid, kill=True)
     program.kill()
-    restored = restore(changed(captured, sid=os.getsid(0), pgid=program.pid))
+    restored = restore(changed(captured, sid=0, pgid=0))
     assert any("session" in warning for warning in restored.warnings)
     assert read_stat(restored.pid).session == restored.pid
 
