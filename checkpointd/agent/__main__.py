@@ -101,6 +101,9 @@ class Agent:
             self._send({"id": number, "event": "result", "value": value})
         except CheckpointError as error:
             self._send({"id": number, "event": "error", "error": error.to_dict()})
+            if "stragglers" in error.details:
+                # threads that cannot be detached from go free only when this process ends
+                self._requests.put(None)
         except ProtocolError as error:
             self._send({"id": number, "event": "error", "error": CheckpointError(str(error)).to_dict()})
         except Exception as error:

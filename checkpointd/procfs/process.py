@@ -41,6 +41,16 @@ class Stat:
 
 
 PF_KTHREAD = 0x0020_0000
+PF_IO_WORKER = 0x10
+PF_USER_WORKER = 0x4000
+
+
+def is_kernel_worker(stat: Stat) -> bool:
+    """Is this task a thread of the kernel's that only borrows the address space (io_uring, vhost)?
+
+    Source: Linux include/linux/sched.h, PF_IO_WORKER and PF_USER_WORKER.
+    """
+    return bool(stat.flags & (PF_IO_WORKER | PF_USER_WORKER)) and not stat.flags & PF_KTHREAD
 
 
 def parse_stat(text: bytes) -> Stat:

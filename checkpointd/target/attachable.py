@@ -120,7 +120,7 @@ def _permission_hint(status: dict[str, str]) -> str:
     return "CAP_SYS_PTRACE is missing in the user namespace of the process, or a security module forbids it"
 
 
-def wait_until_interruptible(pid: int, tids: list[int], deadline: float) -> None:
+def wait_until_interruptible(pid: int, tids: list[int], deadline: float) -> set[int]:
     """Wait until every thread was seen out of uninterruptible sleep (vfork, disk).
 
     A thread attached to while in such a sleep could not be let go before it ends, so it is not attached to at all.
@@ -128,26 +128,73 @@ def wait_until_interruptible(pid: int, tids: list[int], deadline: float) -> None
     Args:
         deadline: time.monotonic() at which to give up.
 
+    Returns:
+        Those that are the kernel's own workers (see `is_kernel_worker`).
+
     Raises:
         Busy: a thread stays in it.
     """
+    workers = set()
     for tid in tids:
         while True:
             try:
-                state = process.read_stat(pid, tid).state
+                stat = process.read_stat(pid, tid)
             except (OSError, ValueError):
                 break
-            if state != "D":
+            if stat.state != "D":
+                if process.is_kernel_worker(stat):
+                    workers.add(tid)
                 break
             if time.monotonic() >= deadline:
                 raise uninterruptible(pid, [tid])
             time.sleep(0.001)
+    return workers
 
 
-def uninterruptible(pid: int, tids: list[int]) -> Busy:
+def is_kernel_worker(pid: int, tid: int) -> bool:
+    """Is the task a worker of the kernel (io_uring, vhost) that only borrows the process's memory?  Gone: no."""
+    try:
+        return process.is_kernel_worker(process.read_stat(pid, tid))
+    except (OSError, ValueError):
+        return False
+
+
+_CGROUP_MOUNTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+
+
+def is_in_frozen_cgroup(pid: int) -> bool:
+    """Does a frozen cgroup (version 2) hold the process?  It stops for us then, but runs nothing.
+
+    Best effort: where the hierarchy cannot be seen the answer is no.
+
+    Source: Documentation/admin-guide/cgroup-v2.rst (cgroup.events).
+    """
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    for mount in _CGROUP_MOUNTS if path != "/" else ():
+        try:
+            return "frozen 1" in Path(f"{mount}{path}/cgroup.events").read_text(encoding="ascii")
+        except OSError:
+            continue
+    return False
+
+
+def in_frozen_cgroup(pid: int) -> Busy:
+    return Busy(
+        f"process {pid} is in a frozen cgroup and runs nothing, not even for us",
+        hint="thaw the cgroup first (docker unpause, or 0 into its cgroup.freeze)",
+        pid=pid,
+    )
+
+
+def uninterruptible(pid: int, tids: list[int], **details: list[int]) -> Busy:
     return Busy(
         f"thread {tids[0]} of process {pid} is in an uninterruptible sleep and cannot be stopped now",
         hint="it waits for a vfork child or for a device; try again when that is over",
         pid=pid,
         tids=tids,
+        **details,
     )

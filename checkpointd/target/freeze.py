@@ -10,6 +10,10 @@ new while all are stopped; threads that stand in code a dead agent left are let 
 and rseq are read.  A thread inside an rseq critical section is moved to its abort address at once, as the kernel
 would do; a system call that would report a false EINTR is made to go on (`restartable`).
 
+The kernel's own workers (of an io_uring, of vhost) stand among a process's threads but run none of its code.  They
+are not touched: a stop would end the call they are busy with in EINTR, and nothing can be injected into them.  An idle
+one stays for seconds after its ring is closed.  The freeze waits until they are idle, so that what they wrote is there.
+
 No other thread of this process may wait for the target meanwhile (waitpid, also of -1, takes ptrace stops whatever
 its options): a target that is our own child must be left alone between `freeze` and `thaw`.
 
@@ -29,7 +33,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from checkpointd.errors import Busy, TargetExeced, Unsupported
+from checkpointd.errors import TargetExeced, Unsupported
 from checkpointd.linux import ptrace
 from checkpointd.linux.process_vm import MemFile
 from checkpointd.linux.ptrace import RseqConfig
@@ -84,7 +88,14 @@ class Frozen:
     threads: dict[int, FrozenThread] = field(default_factory=dict)
     freezing_time_us: int = 0
     frozen_at_ns: int = 0
+    call_timeout_s: float = 10.0
+    """How long an injected call may take; far longer than any does, even on a busy machine."""
+    strayed: set[int] = field(default_factory=set)
+    """Threads that an injection left somewhere on their way; the thaw lets them go home."""
     _held: dict[int, bool] = field(default_factory=dict)  # seized threads: stopped by a group stop?
+    _cannot_run: bool = False
+    _known: set[int] = field(default_factory=set)  # threads known to be the process's own
+    _workers: set[int] = field(default_factory=set)  # the kernel's, never seized
     _regs: dict[int, UserRegs] = field(default_factory=dict)  # as the stop found them
     _mem: MemFile | None = None
     _places: list[SlotPlace] | None = None
@@ -116,6 +127,8 @@ class Frozen:
         Raises:
             Unsupported: this target cannot be injected into; says why.
             TargetGone: it died.
+            Busy: a frozen cgroup holds it.
+            FrozenTooLong: a call did not return within `call_timeout_s`.
         """
         return self._one_injection(scratch_bytes)
 
@@ -123,8 +136,10 @@ class Frozen:
     def _one_injection(self, scratch_bytes: int | None) -> Iterator[Injection]:
         if self._injecting:
             raise RuntimeError("an injection is open already: one at a time")
-        if self._interrupted:
+        if self._interrupted or self.strayed:
             raise RuntimeError("an earlier injection was interrupted: thaw, and freeze again")
+        if self._cannot_run:
+            raise attachable.in_frozen_cgroup(self.pid)
         # until it has ended in good order the thread is somewhere on its way; a thaw sends it home from anywhere
         self._injecting = self._interrupted = True
         try:
@@ -197,17 +212,24 @@ class Frozen:
     # ---- letting go
 
     def thaw(self) -> None:
-        """Let every thread go; does nothing the second time.  Dead threads are reaped."""
+        """Let every thread go; does nothing the second time.  Dead threads are reaped.
+
+        Raises:
+            Busy: threads that are inside the kernel and cannot be woken are still attached to (`details` has
+                `stragglers`): they stop when they come out, so the calling process must end to let them go.
+        """
         hit("thaw.begin")
         undertaker.get().forget(self.pid)
         # the leader last: its death is reported only after all others are reaped
         order = sorted(self._held, key=lambda tid: tid == self.pid)
         failure: BaseException | None = None
+        stragglers: list[int] = []
         for tid in (*order, *order):  # twice: an exception (Ctrl-C) must leave no thread behind
             if tid not in self._held:
                 continue
             try:
-                release(self.pid, tid)
+                if not release(self.pid, tid, time.monotonic() + _LINGER_S):
+                    stragglers.append(tid)
                 del self._held[tid]
                 hit("thaw.released")
             except BaseException as error:
@@ -218,6 +240,8 @@ class Frozen:
         hit("thaw.done")
         if failure is not None:
             raise failure
+        if stragglers:
+            raise attachable.uninterruptible(self.pid, stragglers, stragglers=stragglers)
 
     def __del__(self) -> None:
         # an exception between the return of `freeze` and the `with` that wanted it
@@ -254,9 +278,9 @@ def freeze(pid: int, *, timeout_s: float = 5.0) -> Frozen:
         tids = process.thread_ids(pid)
     except OSError as error:
         raise attachable.gone(pid) from error
-    attachable.wait_until_interruptible(pid, tids, deadline)
+    workers = attachable.wait_until_interruptible(pid, tids, deadline)
     blocked = restartable.sample(pid, tids, restartable.TIMED_CALLS)
-    frozen = Frozen(pid)
+    frozen = Frozen(pid, _known=set(tids) - workers, _cannot_run=attachable.is_in_frozen_cgroup(pid))
     try:
         started_ns = time.monotonic_ns()
         _stop_all(frozen, deadline)
@@ -287,6 +311,7 @@ def _stop_all(frozen: Frozen, deadline: float) -> None:
             raise attachable.gone(pid)
         at_large = _in_left_behind(frozen)
         if not at_large:
+            _wait_idle(frozen, deadline)
             return
         ways_home += 1
         if ways_home > _MAX_WAYS_HOME or time.monotonic() > deadline:
@@ -298,6 +323,28 @@ def _stop_all(frozen: Frozen, deadline: float) -> None:
         for tid in at_large:
             ptrace.interrupt(tid)
         _wait_stopped(frozen, set(at_large), deadline)
+
+
+def _wait_idle(frozen: Frozen, deadline: float) -> None:
+    """Wait until no worker of the kernel is in the midst of a disk read or write for the target.
+
+    All threads that could give it work stand still.  One that polls (SQPOLL) or waits for a pipe is left to that: its
+    writes are tracked as any other write by the kernel is.
+
+    Raises:
+        Busy: it does not end in time.
+    """
+    for tid in frozen._workers:
+        while True:
+            try:
+                state = process.read_stat(frozen.pid, tid).state
+            except (OSError, ValueError):
+                break
+            if state != "D":
+                break
+            if time.monotonic() >= deadline:
+                raise attachable.uninterruptible(frozen.pid, [tid])
+            time.sleep(0.0002)
 
 
 def _in_left_behind(frozen: Frozen) -> list[int]:
@@ -317,7 +364,13 @@ def _seize_new(frozen: Frozen) -> set[int]:
     new = [tid for tid in tids if tid not in frozen._held]
     new.sort(key=lambda tid: tid != pid)
     pending = set()
+    frozen._workers.clear()
     for tid in new:
+        if tid not in frozen._known:
+            if attachable.is_kernel_worker(pid, tid):  # asked every time: the id of a dead one is used again
+                frozen._workers.add(tid)
+                continue
+            frozen._known.add(tid)
         try:
             hit("freeze.seize")
             # held before it is seized: an interruption (Ctrl-C) right behind the call must not lose it
@@ -407,7 +460,7 @@ def _give_up(frozen: Frozen, pending: set[int]) -> None:
     """
     stopped = [tid for tid in frozen._held if tid not in pending]
     for tid in stopped:
-        release(frozen.pid, tid)
+        release(frozen.pid, tid, deadline=time.monotonic() + _LINGER_S)
         frozen._held.pop(tid, None)
     error = attachable.uninterruptible(frozen.pid, sorted(pending))
     linger_until = time.monotonic() + _LINGER_S
@@ -417,14 +470,13 @@ def _give_up(frozen: Frozen, pending: set[int]) -> None:
                 status = ptrace.peek_wait(tid, block=False)
             except ChildProcessError:
                 status = ptrace.WaitStatus(True, 0)
-            if status is not None:
-                release(frozen.pid, tid)
+            if status is not None and release(frozen.pid, tid, linger_until):
                 frozen._held.pop(tid, None)
         time.sleep(0.001)
     if frozen._held:
         stragglers = sorted(frozen._held)
         frozen._held.clear()
-        raise Busy(error.message, hint=error.hint, pid=frozen.pid, stragglers=stragglers)
+        raise attachable.uninterruptible(frozen.pid, stragglers, stragglers=stragglers)
     raise error
 
 

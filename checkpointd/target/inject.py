@@ -22,7 +22,12 @@ is in force, that of the last batch made or the one being made.
 
 Other threads than the leader run single calls from a slot of their own, without a mapping.
 
-Raises TargetGone when the process dies meanwhile, Unsupported when injection is not possible.
+No call is waited for without end (`Frozen.call_timeout_s`).  One that sleeps too long is made to fail with EINTR, the
+rest of its batch and the undo table run, and the thread goes home in good order; one that cannot be woken is left to
+the way home by itself when the target is thawed.
+
+Raises TargetGone when the process dies meanwhile, Unsupported when injection is not possible, FrozenTooLong when a
+call does not return in time.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from checkpointd.errors import TargetGone, Unsupported
+from checkpointd.errors import FrozenTooLong, TargetGone, Unsupported
 from checkpointd.linux import ptrace
 from checkpointd.linux.seccomp import MODE_FILTER, MODE_STRICT
 from checkpointd.memory import PAGE_SIZE
@@ -44,6 +49,7 @@ from checkpointd.target.attachable import gone, is_dead_thread
 from checkpointd.target.blobs import RUNNER, RUNNER_RDV, RUNNER_RUN
 from checkpointd.target.registers import UserRegs, home_context, signed, word
 from checkpointd.target.remote import Call, Result
+from checkpointd.target.rendezvous import CallTimeoutError
 from checkpointd.target.seccomp_filter import Filters, action_name
 from checkpointd.target.slot import SLOT_SIZE, SlotPlace, slot_bytes
 from checkpointd.tracepoint import hit
@@ -70,6 +76,7 @@ _TABLES_SIZE = PAGE_SIZE + 2 * _BANK_SIZE
 _DEFAULT_SCRATCH = 3 * PAGE_SIZE
 _STATUS_LINES = re.compile(rb"^(Seccomp|NStgid|NSpid|S[ih][gd]\w+):\t(.*)$", re.MULTILINE)
 _SOME_ADDRESS = 0x7F00_0000_0000
+_HOME_TIMEOUT_S = 2.0  # for the rest of the way once a call was late
 
 
 class _Way:
@@ -84,6 +91,8 @@ class _Way:
         self.signum = signum
         self.regs = thread.regs.copy()
         self.ids = ids
+        self._timeout_s = frozen.call_timeout_s
+        self._late: CallTimeoutError | None = None  # it cannot be reached
 
     def start(self, nr: int, args: Sequence[int], map_size: int) -> UserRegs:
         """Make the first call; registers at rendezvous A (the result is in r12)."""
@@ -116,9 +125,22 @@ class _Way:
     def run_to(self, rip: int) -> UserRegs:
         """Let the thread run until it meets us at `rip`."""
         hit("inject.run")
-        regs = rendezvous.run_to(self.frozen.pid, self.thread.tid, rip, self.signum)
+        with self._bounded():
+            regs = rendezvous.run_to(self.frozen.pid, self.thread.tid, rip, self.signum, self._timeout_s)
         hit("inject.met")
         return regs
+
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        if self._late is not None:
+            raise self._late
+        try:
+            yield
+        except CallTimeoutError as error:
+            self._timeout_s = min(self._timeout_s, _HOME_TIMEOUT_S)
+            if not error.stopped:
+                self._late = error
+            raise
 
     def finish(self) -> None:
         """From anywhere on the way: to rendezvous B, then back to the registers of the freeze."""
@@ -126,7 +148,8 @@ class _Way:
         self.run_to(self.place.rendezvous_b)
         if not self.signum:
             # the kernel looks at the restart of the interrupted call only inside its signal code
-            rendezvous.stop_in_signal_code(self.frozen.pid, tid)
+            with self._bounded():
+                rendezvous.stop_in_signal_code(self.frozen.pid, tid, self._timeout_s)
             hit("inject.in_signal_code")
         ptrace.set_sigmask(tid, self.thread.sigmask)
         hit("inject.mask_restored")
@@ -360,6 +383,17 @@ class Injection:
             return []
         way = self._way_of(tid)
         self._refuse_harmful(calls, tid)
+        self._frozen.strayed.add(tid)  # until it is home: only a thaw brings it there from anywhere
+        try:
+            results = self._walk(way, calls)
+        except CallTimeoutError:
+            way.finish()
+            self._frozen.strayed.discard(tid)
+            raise
+        self._frozen.strayed.discard(tid)
+        return results
+
+    def _walk(self, way: _Way, calls: Sequence[Call]) -> list[int]:
         results: list[int] = []
         for call in calls:
             args = [results[arg.index] if isinstance(arg, Result) else arg for arg in call.args]
@@ -494,6 +528,10 @@ def injection(frozen: Frozen, scratch_bytes: int | None) -> Iterator[Injection]:
         remote = Injection(frozen, scratch_bytes)
     try:
         yield remote
+    except CallTimeoutError as error:
+        with _coming_home(frozen):
+            remote.leave(undo=True)
+        raise _too_long(frozen.pid, error) from error
     except BaseException as error:
         if isinstance(error, OSError | TargetGone) and is_dead_thread(frozen.pid, frozen.pid):
             raise gone(frozen.pid) from error
@@ -510,9 +548,20 @@ def _coming_home(frozen: Frozen) -> Iterator[None]:
         yield
     except Unsupported:
         raise  # refused in good order
+    except CallTimeoutError as error:
+        raise NotHomeError(_too_long(frozen.pid, error)) from error
     except OSError as error:
         if is_dead_thread(frozen.pid, frozen.pid):
             raise gone(frozen.pid) from error
         raise NotHomeError(error) from error
     except BaseException as error:
         raise NotHomeError(error) from error
+
+
+def _too_long(pid: int, error: CallTimeoutError) -> FrozenTooLong:
+    return FrozenTooLong(
+        f"a system call made inside process {pid} did not return; the process runs on ({error})",
+        hint="is its cgroup frozen, or does a userfaultfd wait for another program? try again when that is over",
+        pid=pid,
+        tid=error.tid,
+    )

@@ -11,11 +11,18 @@ from checkpointd.linux import ptrace
 from checkpointd.procfs import process
 
 
-def release(pid: int, tid: int) -> None:
-    """Detach from one thread, whatever state it is in."""
+def release(pid: int, tid: int, deadline: float) -> bool:
+    """Detach from one thread, whatever state it is in.
+
+    Args:
+        deadline: time.monotonic() at which to give up on a thread that is inside the kernel and does not wake.
+
+    Returns:
+        False: it is still attached to, and will stop when it comes out.
+    """
     try:
         ptrace.detach(tid)
-        return
+        return True
     except ProcessLookupError:
         pass
     # not stopped: dead, or running (we were interrupted half-way)
@@ -24,23 +31,25 @@ def release(pid: int, tid: int) -> None:
         try:
             status = ptrace.peek_wait(tid, block=False)
         except ChildProcessError:
-            return
+            return True
         try:
             if status is None:
                 ptrace.interrupt(tid)
                 nr_tries += 1
                 if nr_tries > 20:
                     time.sleep(0.0005)
+                    if time.monotonic() > deadline:
+                        return False
             elif status.exited:
                 _bury(pid, tid)
-                return
+                return True
             else:
                 plain = not status.event and status.code != ptrace.SYSCALL_STOP
                 ptrace.detach(tid, status.signal if plain else 0)
-                return
+                return True
         except ProcessLookupError:
             if status is None and not _is_traced_by_us(pid, tid):
-                return
+                return True
 
 
 def _is_traced_by_us(pid: int, tid: int) -> bool:

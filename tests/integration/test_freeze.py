@@ -166,7 +166,7 @@ def test_a_thread_that_hangs_after_the_check_is_let_go(start, monkeypatch):
     from checkpointd.target import attachable
 
     target = start("vfork")
-    monkeypatch.setattr(attachable, "wait_until_interruptible", lambda *args: None)
+    monkeypatch.setattr(attachable, "wait_until_interruptible", lambda *args: set())
     with pytest.raises(Busy) as caught:
         freeze(target.pid, timeout_s=0.2)
     assert "stragglers" not in caught.value.details

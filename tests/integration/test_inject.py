@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from checkpointd import tracepoint
-from checkpointd.errors import TargetGone, Unsupported
+from checkpointd.errors import Busy, FrozenTooLong, TargetGone, Unsupported
 from checkpointd.linux.process_vm import read_mem
-from checkpointd.target import blobs, fork
+from checkpointd.target import attachable, blobs, fork, rendezvous
 from checkpointd.target.freeze import freeze
 from checkpointd.target.remote import Call, Result
 from checkpointd.target.seccomp_filter import Filters
@@ -186,6 +187,127 @@ def test_a_result_may_only_name_an_earlier_call_and_stand_first(start, index):
     with freeze(target.pid) as frozen, frozen.inject() as remote, pytest.raises(ValueError, match="Result"):
         remote.batch([Call(NR_GETPID), Call(NR_CLOSE, (Result(index),))])
     target.judge()
+
+
+# ---- calls that do not return
+
+NR_PAUSE, NR_NANOSLEEP = 34, 35
+
+
+def _late_call(frozen, *, tid=None):
+    """A call that would sleep for ever, between others."""
+    undo = [] if tid else [Call(NR_CLOSE, (Result(0),))]
+    with frozen.inject() as remote:
+        remote.batch(
+            [Call(NR_EVENTFD2 if tid is None else NR_GETPID, (0, 0)), Call(NR_PAUSE)], undo=undo, tid=tid
+        )
+
+
+@pytest.mark.parametrize("sig0", [False, True])
+def test_a_call_that_does_not_return_is_ended(start, monkeypatch, sig0):
+    """In good order: what the batch did is undone, and the same freeze can inject again."""
+    if sig0:
+        monkeypatch.setattr(rendezvous, "choose_signal", lambda *args, **kwargs: 0)
+    target = start("nanosleep")
+    with freeze(target.pid) as frozen:
+        frozen.call_timeout_s = 0.1
+        with pytest.raises(FrozenTooLong, match="did not return"):
+            _late_call(frozen)
+        frozen.call_timeout_s = 10
+        with frozen.inject() as remote:
+            assert remote.call(NR_GETPID) == target.pid
+    target.judge()
+    assert not target.leftover_slots()
+
+
+@pytest.mark.parametrize("sig0", [False, True])
+def test_a_call_in_another_thread_that_does_not_return_is_ended(start, monkeypatch, sig0):
+    if sig0:
+        monkeypatch.setattr(rendezvous, "choose_signal", lambda *args, **kwargs: 0)
+    target = start("threads9")
+    with freeze(target.pid) as frozen:
+        frozen.call_timeout_s = 0.1
+        with pytest.raises(FrozenTooLong, match="did not return"):
+            _late_call(frozen, tid=max(frozen.threads))
+        frozen.call_timeout_s = 10
+        with frozen.inject() as remote:
+            assert remote.batch([Call(NR_GETTID)], tid=max(frozen.threads)) == [max(frozen.threads)]
+    target.judge()
+    assert not target.leftover_slots()
+
+
+def test_a_thread_that_cannot_be_woken_goes_home_by_itself(start, monkeypatch):
+    """Deep in the kernel, as far as we see: the thaw leaves it to its own way, and what the batch did is undone."""
+    target = start("nanosleep")
+    monkeypatch.setattr(rendezvous, "_end_call", lambda pid, tid: False)
+    with pytest.raises(FrozenTooLong), freeze(target.pid) as frozen:
+        frozen.call_timeout_s = 0.1
+        with frozen.inject() as remote:
+            half_a_second = remote.put(struct.pack("=qq", 0, 500_000_000))
+            sleep = Call(NR_NANOSLEEP, (half_a_second, 0))
+            remote.batch([Call(NR_EVENTFD2, (0, 0)), sleep], undo=[Call(NR_CLOSE, (Result(0),))])
+    target.judge()
+
+
+def test_an_interruption_in_another_thread_needs_a_thaw(start):
+    """Ctrl-C while a call runs in it: its slot may not be used again before it is home."""
+    target = start("threads9")
+    with freeze(target.pid) as frozen:
+        with pytest.raises(KeyboardInterrupt), frozen.inject() as remote:
+            remote.batch([])
+            tracepoint.register("inject.slot_entered", _interrupt)
+            try:
+                remote.batch([Call(NR_GETTID)], tid=max(frozen.threads))
+            finally:
+                tracepoint.clear()
+        with pytest.raises(RuntimeError, match="thaw"):
+            frozen.inject().__enter__()
+    target.judge()
+
+
+@pytest.fixture
+def cgroup():
+    """A cgroup of version 2, of our own."""
+    for base in (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup")):
+        if (base / "cgroup.procs").exists() and (base / "cgroup.controllers").exists():
+            made = base / f"checkpointd-test-{os.getpid()}"
+            break
+    else:
+        pytest.skip("no cgroup of version 2 here")
+    try:
+        made.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made: {error.strerror}")
+    yield made
+    _wait(lambda: "populated 0" in (made / "cgroup.events").read_text())
+    made.rmdir()
+
+
+def _wait(condition) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_target_in_a_frozen_cgroup_is_refused_and_unharmed(start, cgroup, monkeypatch, noticed):
+    """It stops for us, but would never run a call; where the cgroup cannot be seen, the call's time runs out."""
+    if not noticed:
+        monkeypatch.setattr(attachable, "is_in_frozen_cgroup", lambda pid: False)
+    target = start("nanosleep")
+    (cgroup / "cgroup.procs").write_text(str(target.pid))
+    (cgroup / "cgroup.freeze").write_text("1")
+    try:
+        _wait(lambda: "frozen 1" in (cgroup / "cgroup.events").read_text())
+        with pytest.raises(Busy if noticed else FrozenTooLong), freeze(target.pid) as frozen:
+            frozen.call_timeout_s = 0.2
+            with frozen.inject() as remote:
+                remote.call(NR_GETPID)
+    finally:
+        (cgroup / "cgroup.freeze").write_text("0")
+    target.judge()
+    target.kill()
 
 
 # ---- filters

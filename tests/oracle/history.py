@@ -135,15 +135,6 @@ class _Author:
                 return f"relate {k}"
 
 
-def without_rings(lines: list[str]) -> list[str]:
-    """The history without io_uring.
-
-    A ring's kernel worker lingers after the ring is closed, and a system call injected then may not come back
-    within the test's time (known, not mended yet): the long campaign keeps rings, the everyday one leaves them out.
-    """
-    return [line for line in lines if "ring" not in line.split()]
-
-
 def generate(seed: int, *, nr_freezes: int = 6, ops_per_freeze: int = 30) -> list[str]:
     """The lines of one seed."""
     author = _Author(seed)
