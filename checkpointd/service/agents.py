@@ -133,7 +133,7 @@ class Agent:
         request = Request(next(self._numbers), op, on_event)
         with self._lock:
             if self._ended.is_set():
-                request.end(None, self._gone(request))
+                request.end(None, self._refusal or self._gone(request))
                 return request
             self._requests[request.number] = request
         try:
@@ -180,7 +180,12 @@ class Agent:
 
     def _read(self) -> None:
         with contextlib.suppress(ProtocolError):
-            while self._has_message() and (message := self._channel.recv()) is not None:
+            # what a refused agent had said before its death came is not to be believed either
+            while (
+                self._refusal is None
+                and self._has_message()
+                and (message := self._channel.recv()) is not None
+            ):
                 try:
                     self._dispatch(message)
                 except (KeyError, TypeError, ValueError) as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 
 from checkpointd import errors
-from tests.service_harness import House, is_gone, sleeping_target, wait_until
+from checkpointd.service.agents import Agent
+from tests.service_harness import FAKE_AGENT, House, is_gone, sleeping_target, wait_until
 
 
 @pytest.fixture
@@ -102,6 +104,15 @@ def test_an_agent_of_another_protocol_is_refused(tmp_path, target):
             client.track(target)
     finally:
         house.close()
+
+
+def test_a_request_to_an_agent_refused_already_says_why(monkeypatch):
+    """Its first words may be read, and it be killed, before the first request is on its way."""
+    monkeypatch.setenv("FAKE_AGENT_PROTOCOL", "99")
+    agent = Agent("pid 1", command=[sys.executable, str(FAKE_AGENT)])
+    wait_until(lambda: agent.ended, "the agent's end")
+    with pytest.raises(errors.VersionMismatch, match="protocol 99"):
+        agent.start("track", {}).result()
 
 
 def test_an_agent_that_cannot_start_is_a_clear_error(tmp_path, target):

@@ -21,11 +21,10 @@ def run_checkpoint(tmp_path):
     """Run the command against a service and a store of this test alone."""
     if os.geteuid() != 0:
         pytest.skip("restoring with the same pid needs CAP_CHECKPOINT_RESTORE")
-    runtime = tmp_path / "run"
-    runtime.mkdir(mode=0o700)
     environment = {
         **os.environ,
-        "XDG_RUNTIME_DIR": str(runtime),
+        # root's runtime directory is the same for everybody: other tests' services come and go there
+        "CHECKPOINT_SOCKET": str(tmp_path / "run" / "s.sock"),
         "CHECKPOINT_STORE": str(tmp_path / "store"),
         "HOME": str(tmp_path),
     }
