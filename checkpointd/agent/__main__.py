@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from checkpointd.agent import check
@@ -35,7 +35,7 @@ from checkpointd.agent.protocol import (
     hello,
 )
 from checkpointd.dump.dump import Dumper, DumpOptions
-from checkpointd.errors import CheckpointError, TargetGone
+from checkpointd.errors import Cancelled, CheckpointError, FrozenTooLong, TargetGone
 from checkpointd.linux import pidfd
 
 _PROGRESS_INTERVAL_S = 0.1
@@ -185,28 +185,44 @@ class Agent:
             files=files,
             deadline_ns=deadline_ns,
         )
-        return dumper.dump(options, self._reporter(number)).to_dict()
+        return dumper.dump(options, self._reporter(number, "bytes")).to_dict()
 
     def _restore(self, number: int, args: RestoreArgs) -> dict[str, Any]:
         from checkpointd.agent.restoring import restore  # noqa: PLC0415 - only agents that restore need it
 
         if self._dumper is not None:
             raise TargetGone("this agent already has a target")
-        stats, dumper = restore(args, self._reporter(number))
+        tell = self._reporter(number, "pages")
+        deadline = None if args.deadline_s is None else time.monotonic() + args.deadline_s
+
+        def report(phase: str, done: int, total: int) -> None:
+            # what this raises ends the restore, which leaves no process behind
+            if self._leaving or number in self._cancelled:
+                raise Cancelled(f"the restore of image {args.image[:12]} was cancelled; nothing runs")
+            if deadline is not None and time.monotonic() > deadline:
+                raise FrozenTooLong(
+                    f"the deadline passed during the restore of image {args.image[:12]}; nothing runs",
+                    hint="allow it more time with --timeout",
+                )
+            tell(phase, done, total)
+
+        stats, dumper = restore(args, report)
         if dumper is not None:
             self._adopt(dumper)
         found: dict[str, Any] = stats.to_dict()
         return found
 
-    def _reporter(self, number: int) -> Any:
-        last = [0.0]
+    def _reporter(self, number: int, unit: str) -> Callable[[str, int, int], None]:
+        last_at, last_phase = 0.0, ""
 
         def report(phase: str, done: int, total: int) -> None:
-            if not total:
+            nonlocal last_at, last_phase
+            if phase != last_phase:
+                last_phase = phase
                 self._send({"id": number, "event": "phase", "phase": phase})
-            elif done == total or time.monotonic() - last[0] > _PROGRESS_INTERVAL_S:
-                last[0] = time.monotonic()
-                self._send({"id": number, "event": "progress", "done": done, "total": total, "unit": "bytes"})
+            if total and (done == total or time.monotonic() - last_at > _PROGRESS_INTERVAL_S):
+                last_at = time.monotonic()
+                self._send({"id": number, "event": "progress", "done": done, "total": total, "unit": unit})
 
         return report
 

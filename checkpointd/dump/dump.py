@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from checkpointd import features, tracepoint
-from checkpointd.dump.pages import CopyRequest, PageWorker
+from checkpointd.dump.pages import CopyRequest, Heard, PageWorker
 from checkpointd.dump.targets import has_fork_relatives, pinned_runs
 from checkpointd.errors import (
     Busy,
@@ -38,6 +38,7 @@ from checkpointd.linux import pagemap_scan as ps
 from checkpointd.memory import (
     FILE_CONTENT_OBJECTS,
     NO_RUNS,
+    PAGE_SIZE,
     PRIVATE_OBJECT,
     Runs,
     Vma,
@@ -247,7 +248,7 @@ class Dumper:
         if copy is not None:
             # the advice flags decide what a forked copy lacks: these must be of this very moment
             stopped, work.copies = _split_for_fork(work.copies, copy.pid, maps.read_smaps(self.pid))
-        self._worker.copy(stopped)
+        self._worker.copy(stopped, self._while_frozen(frozen, options, report))
         self._read_deleted_files(files)
         work.mark("copying", at)
         tracepoint.hit("dump.copied")
@@ -325,14 +326,8 @@ class Dumper:
     def _check_budget(self, frozen: Frozen, options: DumpOptions, work: _Work) -> None:
         """Refuse to copy what cannot be copied in time: better now than half-way."""
         now = time.monotonic_ns()
-        if self.cancelled():
-            raise Cancelled(
-                f"the dump of process {self.pid} was cancelled; the process runs on", pid=self.pid
-            )
-        if options.deadline_ns and now > options.deadline_ns:
-            raise FrozenTooLong(
-                f"the deadline passed while process {self.pid} was frozen; it runs on", pid=self.pid
-            )
+        self._check_cancelled()
+        self._check_deadline(options, now)
         if options.max_frozen_us:
             nr_bytes = 0 if work.stats.read_mode == "fork" else work.stats.pages_dirty * 4096
             expected_us = (now - frozen.frozen_at_ns) // 1000 + nr_bytes // 4000  # 4 GB/s
@@ -344,12 +339,52 @@ class Dumper:
                     pid=self.pid,
                 )
 
+    def _while_frozen(self, frozen: Frozen, options: DumpOptions, report: Report) -> Heard:
+        """Looks at every limit while the worker reads: the guess of `_check_budget` may have been too good."""
+
+        def heard(done: int, total: int) -> None:
+            now = time.monotonic_ns()
+            self._check_cancelled()
+            self._check_deadline(options, now)
+            frozen_us = (now - frozen.frozen_at_ns) // 1000
+            if options.max_frozen_us and frozen_us > options.max_frozen_us:
+                raise FrozenTooLong(
+                    f"process {self.pid} was frozen for {frozen_us // 1000} ms and only {done} of {total} pages "
+                    f"were read, with {options.max_frozen_us // 1000} ms allowed; it runs on",
+                    hint="allow more with --max-frozen, or dump incrementally so that less has to be copied",
+                    pid=self.pid,
+                )
+            report("copying", done * PAGE_SIZE, total * PAGE_SIZE)
+
+        return heard
+
+    def _check_cancelled(self) -> None:
+        if self.cancelled():
+            raise Cancelled(
+                f"the dump of process {self.pid} was cancelled; the process runs on", pid=self.pid
+            )
+
+    def _check_deadline(self, options: DumpOptions, now_ns: int) -> None:
+        if options.deadline_ns and now_ns > options.deadline_ns:
+            raise FrozenTooLong(
+                f"the deadline passed while process {self.pid} was frozen; it runs on",
+                hint="allow it more time with --timeout",
+                pid=self.pid,
+            )
+
     # -- after the thaw
+
+    def _after_thaw(self, phase: str, report: Report) -> Heard:
+        def heard(done: int, total: int) -> None:
+            self._check_cancelled()
+            report(phase, done * PAGE_SIZE, total * PAGE_SIZE)
+
+        return heard
 
     def _read_copy(self, copy: ForkedCopy, work: _Work, report: Report) -> None:
         report("reading the copy", 0, 0)
         at = time.monotonic_ns()
-        self._worker.read_and_encode(work.copies)
+        self._worker.read_and_encode(work.copies, self._after_thaw("reading the copy", report))
         work.mark("reading the copy", at)
         copy.close()
 
@@ -358,12 +393,11 @@ class Dumper:
         at = time.monotonic_ns()
         if parent and len(work.clean):
             self._worker.inherit(work.clean)
-        self._worker.encode()
+        self._worker.encode(self._after_thaw("encoding", report))
         at = work.mark("encoding", at)
-        if self.cancelled():
-            raise Cancelled(
-                f"the dump of process {self.pid} was cancelled; the process runs on", pid=self.pid
-            )
+        nr_bytes = work.stats.pages_dirty * PAGE_SIZE
+        report("encoding", nr_bytes, nr_bytes)
+        self._check_cancelled()
         report("committing", 0, 0)
         tracepoint.hit("dump.commit")
         stats = work.stats

@@ -7,7 +7,10 @@ frozen target's memory into a buffer prepared before the freeze, answers (the ag
 compresses and writes.
 
 One request at a time over a `multiprocessing.connection.Connection`; both ends are ours, so messages are
-pickles.  Requests are (operation, arguments); answers are ("ok", value) or ("error", CheckpointError.to_dict()).
+pickles.  Requests are (operation, arguments); answers are ("ok", value) or ("error", CheckpointError.to_dict()),
+and before them any number of ("progress", (pages done, pages in all)).  ("stop", ()) is the one request that may
+come while another is worked on: it has no answer of its own, the other one ends as soon as it can.
+
 The agent going away is end of file: an image not committed is aborted and the worker exits.
 """
 
@@ -18,8 +21,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -27,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from checkpointd.errors import CheckpointError, TargetGone
+from checkpointd.errors import Cancelled, CheckpointError, TargetGone
 from checkpointd.image.builder import ImageBuilder
 from checkpointd.image.reader import Image
 from checkpointd.image.store import Store
@@ -47,6 +51,10 @@ DEFAULT_COMPRESSION = "zstd:1"
 
 _THREADS = 2
 _PIECE_PAGES = 2048  # 8 MiB: what one thread reads, or encodes, at a time
+_PROGRESS_INTERVAL_S = 0.02
+
+Heard = Callable[[int, int], None]
+"""Gets (pages done, pages in all); what it raises stops the work."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +98,25 @@ class PageWorker:
         found: str = self._ask("latest_of", store, pid, start_time, boot_id)
         return found
 
-    def copy(self, requests: list[CopyRequest]) -> None:
+    def copy(self, requests: list[CopyRequest], heard: Heard | None = None) -> None:
         """Read pages into the buffer; returns when all of them are out of the target.
 
         Raises:
             TargetGone: it died while being read.
         """
-        self._ask("copy", requests)
+        self._ask("copy", requests, heard=heard)
 
     def inherit(self, runs: Runs) -> None:
         """Take private pages from the parent."""
         self._ask("inherit", runs)
 
-    def encode(self) -> None:
+    def encode(self, heard: Heard | None = None) -> None:
         """Hash, compress and write what `copy` brought; the buffer is free again."""
-        self._ask("encode")
+        self._ask("encode", heard=heard)
 
-    def read_and_encode(self, requests: list[CopyRequest]) -> None:
+    def read_and_encode(self, requests: list[CopyRequest], heard: Heard | None = None) -> None:
         """Read from something that stays still (a forked copy) piece by piece, in bounded memory."""
-        self._ask("read_and_encode", requests)
+        self._ask("read_and_encode", requests, heard=heard)
 
     def commit(self, meta: dict[str, Any], state: bytes) -> dict[str, Any]:
         """Make the image durable; its ImageInfo with pages_zero, pages_same, pages_written, nr_inherited."""
@@ -128,15 +136,26 @@ class PageWorker:
             self._process.kill()
             self._process.wait()
 
-    def _ask(self, operation: str, *args: Any) -> Any:
+    def _ask(self, operation: str, *args: Any, heard: Heard | None = None) -> Any:
+        stopped_by: BaseException | None = None
         try:
             self._connection.send((operation, args))
-            kind, value = self._connection.recv()
+            while (answer := self._connection.recv())[0] == "progress":
+                if heard is None or stopped_by is not None:
+                    continue
+                try:
+                    heard(*answer[1])
+                except CheckpointError as error:
+                    stopped_by = error
+                    self._connection.send(("stop", ()))
         except (EOFError, OSError) as error:
             raise CheckpointError(
                 "the page worker ended unexpectedly; nothing was committed",
                 hint="look for an out-of-memory kill in the kernel log, then dump again",
             ) from error
+        if stopped_by is not None:
+            raise stopped_by
+        kind, value = answer
         if kind == "error":
             raise CheckpointError.from_dict(value)
         return value
@@ -145,7 +164,8 @@ class PageWorker:
 class _Server:
     """The worker's end."""
 
-    def __init__(self) -> None:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._store: Store | None = None
         self._store_path = ""
         self._parent: Image | None = None
@@ -188,7 +208,7 @@ class _Server:
             for piece in _pieces(request.runs):
                 jobs.append((request, piece, self._used))
                 self._used += nr_pages_in(piece) * PAGE_SIZE
-        self._each(lambda job: _read(job[0], job[1], self._buffer, job[2]), jobs)
+        self._each(lambda job: _read(job[0], job[1], self._buffer, job[2]), jobs, _pages_of_job)
 
     def inherit(self, runs: Runs) -> None:
         self._need().inherit(PRIVATE_OBJECT, pages_of(runs))
@@ -206,7 +226,7 @@ class _Server:
             size = nr_pages_in(job[1]) * PAGE_SIZE
             builder.add_pages(job[0], pages_of(job[1]), self._buffer[job[2] : job[2] + size])
 
-        self._each(add, jobs)
+        self._each(add, jobs, _pages_of_job)
         self._copied, self._used = [], 0
 
     def read_and_encode(self, requests: list[CopyRequest]) -> None:
@@ -219,7 +239,7 @@ class _Server:
             _read(request, piece, buffer, 0)
             builder.add_pages(request.obj, pages_of(piece), buffer)
 
-        self._each(work, jobs)
+        self._each(work, jobs, _pages_of_job)
 
     def commit(self, meta: dict[str, Any], state: bytes) -> dict[str, Any]:
         builder = self._need()
@@ -258,12 +278,36 @@ class _Server:
         grown[: self._used] = self._buffer[: self._used]
         self._buffer = grown
 
-    def _each(self, work: Callable[[Any], None], jobs: list[Any]) -> None:
+    def _each(self, work: Callable[[Any], None], jobs: list[Any], size: Callable[[Any], int]) -> None:
+        """Do the jobs, telling how far they are; none is under way any more when this returns or raises.
+
+        Raises:
+            Cancelled: the agent said stop.
+        """
         if len(jobs) == 1:
             work(jobs[0])
             return
-        for _ in self._pool.map(work, jobs):
-            pass
+        futures = {self._pool.submit(work, job): size(job) for job in jobs}
+        done, total, told_at = 0, sum(futures.values()), time.monotonic()
+        try:
+            for future in as_completed(futures):
+                future.result()
+                done += futures[future]
+                now = time.monotonic()
+                if now - told_at >= _PROGRESS_INTERVAL_S:
+                    told_at = now
+                    self._connection.send(("progress", (done, total)))
+                if self._connection.poll():  # nothing but "stop" comes now
+                    self._connection.recv()
+                    raise Cancelled("the agent stopped it")
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)  # what still runs writes into the buffer
+
+
+def _pages_of_job(job: tuple[Any, ...]) -> int:
+    return nr_pages_in(job[1])
 
 
 def _pieces(runs: Runs) -> Iterator[Runs]:
@@ -343,13 +387,15 @@ def _read_file(path: str, runs: Runs, into: Buffer) -> None:
 
 def serve(fd: int) -> None:
     """Answer until the agent is gone."""
-    server = _Server()
     connection = Connection(fd)
+    server = _Server(connection)
     while True:
         try:
             operation, args = connection.recv()
         except (EOFError, OSError):
             break
+        if operation == "stop":  # it crossed with the answer
+            continue
         try:
             answer = ("ok", getattr(server, operation)(*args))
         except CheckpointError as error:

@@ -162,3 +162,39 @@ def test_freeze_longer_than_allowed_is_refused(target, dumper, store, tmp_path):
     with pytest.raises(FrozenTooLong):
         dumper.dump(options(tmp_path, max_frozen_us=1))
     target.write(p1=1)
+
+
+@pytest.mark.parametrize("why", ["too long", "deadline", "cancelled"])
+def test_reading_that_takes_too_long_or_is_cancelled_half_way_lets_the_target_run(
+    target, dumper, store, tmp_path, monkeypatch, why
+):
+    dumper.dump(options(tmp_path))
+    target.write(p5=77)
+    copy = dumper._worker.copy
+
+    def slow_copy(requests, heard):
+        if why == "cancelled":
+            dumper.cancelled = lambda: True
+        else:
+            time.sleep(3)
+        heard(1, 2)
+        copy(requests, heard)
+
+    monkeypatch.setattr(dumper._worker, "copy", slow_copy)
+    limits = {"too long": {"max_frozen_us": 2_900_000}, "cancelled": {}}.get(why)
+    if limits is None:
+        limits = {"deadline_ns": time.monotonic_ns() + 2_900_000_000}
+    error, words = {
+        "too long": (FrozenTooLong, "only 1 of 2 pages"),
+        "deadline": (FrozenTooLong, "deadline passed while"),
+        "cancelled": (Cancelled, "runs on"),
+    }[why]
+    with pytest.raises(error, match=words):
+        dumper.dump(options(tmp_path, incremental=True, **limits))
+    target.write(p9=78)
+    monkeypatch.setattr(dumper._worker, "copy", copy)
+    dumper.cancelled = lambda: False
+    made = dumper.dump(options(tmp_path, incremental=True))
+    assert made.backend == "uffd-wp"
+    assert target.memory_differs_from(store.load(made.image_id)) == []
+    assert len(store.images()) == 2

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from checkpointd import errors
+from checkpointd.agent.protocol import RestoreArgs
+from checkpointd.agent.restoring import restore
 from tests.service_harness import House, is_gone, wait_until
 
-PROGRAM = """
+PROGRAM = f"""  # of test run {os.getpid()}
 import sys
 data = bytearray(4 << 20)
 for at in range(0, len(data), 4096):
@@ -73,6 +78,16 @@ def summary_of(done):
 def agent_pid(house, pid):
     targets = {found["pid"]: found for found in house.checkpoint_json("status")["targets"]}
     return targets[pid]["agent_pid"]
+
+
+def running_programs():
+    found = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            words = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
+            if PROGRAM.encode() in words:
+                found.add(int(name))
+    return found
 
 
 def state_of(pid):
@@ -154,3 +169,23 @@ def test_a_process_under_a_debugger_is_left_to_it(house, target):
         assert done.returncode == 11
         assert str(tracer.pid) in done.stderr
         tracer.stdin.close()
+
+
+@pytest.mark.parametrize("phase", ["checking", "memory", "rebuilding"])
+def test_a_restore_that_is_stopped_leaves_no_process(house, target, phase):
+    made = summary_of(house.checkpoint("dump", "-p", str(target.pid), "--json"))
+    assert running_programs() == {target.pid}
+    heard = []
+
+    def report(word, done, total):
+        heard.append(word)
+        if word == phase:
+            raise errors.Cancelled("enough")
+
+    args = RestoreArgs(store=str(house.store), image=made["image_id"], new_pid=True)
+    with pytest.raises(errors.Cancelled, match="enough"):
+        restore(args, report)
+    assert heard[-1] == phase
+    assert running_programs() == {target.pid}
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+    assert set(map(int, children)) <= {target.pid, house.service.pid}

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page worker tells how far it is, can be stopped half-way, and works on afterwards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from checkpointd.dump.pages import CopyRequest, PageWorker
+from checkpointd.errors import Cancelled
+from checkpointd.image.store import Store
+from checkpointd.memory import PAGE_SIZE
+
+NR_PAGES = 16_384
+OBJECT = 1
+
+
+@pytest.fixture
+def worker():
+    made = PageWorker()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def request_of(tmp_path):
+    """A request for a file of random pages, and its content."""
+    content = np.random.default_rng(7).integers(0, 256, NR_PAGES * PAGE_SIZE, dtype=np.uint8)
+    path = tmp_path / "memory"
+    path.write_bytes(content.tobytes())
+    runs = np.array([[0, NR_PAGES]], dtype=np.uint64)
+    return CopyRequest(0, OBJECT, runs, source=str(path)), content
+
+
+def begin(worker, tmp_path, compress):
+    Store.open(str(tmp_path / "store"), create=True)
+    worker.begin(store=str(tmp_path / "store"), parent="", compress=compress, expected_pages=4 * NR_PAGES)
+
+
+@pytest.mark.parametrize("step", ["copy", "encode", "read_and_encode"])
+def test_what_the_listener_raises_stops_the_work_and_leaves_nothing_of_it(worker, request_of, tmp_path, step):
+    request, content = request_of
+    begin(worker, tmp_path, "zstd:19")  # slow: there is progress to hear on any machine
+    heard = []
+
+    def stop(done, total):
+        heard.append((done, total))
+        raise Cancelled("enough")
+
+    if step == "encode":
+        worker.copy([request])
+    with pytest.raises(Cancelled, match="enough"):
+        if step == "encode":
+            worker.encode(stop)
+        else:
+            getattr(worker, step)([request] * (4 if step == "copy" else 1), stop)
+    assert len(heard) == 1
+    assert 0 < heard[0][0] < heard[0][1]
+
+    begin(worker, tmp_path, "none")
+    worker.copy([request])
+    worker.encode()
+    made = worker.commit({"pid": 1}, b"{}")
+    store = Store.open(str(tmp_path / "store"))
+    assert [info.id for info in store.images()] == [made["id"]]
+    image = store.load(made["id"])
+    pages = image.pages(OBJECT)
+    assert len(pages) == NR_PAGES
+    assert np.array_equal(image.read(OBJECT, pages).reshape(-1), content)
