@@ -70,12 +70,14 @@ static long long now_ns(clockid_t clock) {
     clock_gettime(clock, &t);
     return t.tv_sec * NS + t.tv_nsec;
 }
+static void (*before_go_on)(void);
 static void wait_for_control(void) {
     FILE *f;
     struct timespec t = {0, 3000000};
     while (!(f = fopen(control, "r"))) nanosleep(&t, NULL);
     if (fscanf(f, "%lld", &dead_ns) != 1) dead_ns = 0;
     fclose(f);
+    if (before_go_on) before_go_on();
     atomic_store(&go_on, 1);
     syscall(SYS_futex, &go_on, FUTEX_WAKE, 1 << 20, 0, 0, 0);
 }
@@ -433,8 +435,22 @@ enum kind { NANOSLEEP, NANOSLEEP_REM, CLOCK_REL, CLOCK_ABS, CLOCK_REL_REM, POLL,
 static const char *kind_names[] = {"nanosleep", "nanosleep with rest", "clock_nanosleep", "clock_nanosleep absolute", "clock_nanosleep with rest",
     "poll", "ppoll", "select", "futex relative", "futex absolute", "epoll_wait", "sigtimedwait", "read", "futex", "poll for ever", "epoll for ever"};
 static int wake_pipe[2], read_pipe[2];
+static pid_t sleepers[NR_KINDS];
+// A call that waits for ever is made again by its own thread, as after any stop (signal(7)).  On a busy machine we may
+// run before it does; a futex whose word we change then ends with EAGAIN, so wait until all are asleep again.
+static void all_asleep(void) {
+    for (int k = SIGWAIT; k < NR_KINDS; k++)
+        for (char state = 0; state != 'S'; usleep(1000)) {
+            char name[64];
+            snprintf(name, sizeof name, "/proc/self/task/%d/stat", sleepers[k]);
+            FILE *f = fopen(name, "r");
+            if (!f || fscanf(f, "%*d (%*[^)]) %c", &state) != 1) { say("FAIL a sleeper is gone"); exit(5); }
+            fclose(f);
+        }
+}
 static void *sleep_main(void *arg) {
     enum kind k = (long)arg;
+    sleepers[k] = syscall(SYS_gettid);
     struct timespec req = {SLEEP_NS / NS, SLEEP_NS % NS}, rem = {0, 0}, abs;
     struct timeval tv = {SLEEP_NS / NS, SLEEP_NS % NS / 1000};
     struct pollfd pfd = {.fd = wake_pipe[0], .events = POLLIN};
@@ -489,6 +505,7 @@ static void group_sleeps(void) {
     for (long k = 0; k < NR_KINDS; k++) pthread_create(&t[k], 0, sleep_main, (void *)k);
     while (atomic_load(&nr_ready) < NR_KINDS) usleep(1000);
     usleep(300000);
+    before_go_on = all_asleep;
     all_ready(NR_KINDS);
     for (long k = 0; k <= EPOLL; k++) pthread_join(t[k], 0);
     pthread_kill(t[SIGWAIT], SIGRTMIN);
