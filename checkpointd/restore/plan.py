@@ -28,6 +28,7 @@ MAP_SHARED, MAP_PRIVATE, MAP_DROPPABLE = 1, 2, 8
 MAP_ANONYMOUS, MAP_GROWSDOWN, MAP_NORESERVE = 0x20, 0x100, 0x4000
 MAP_FIXED_NOREPLACE = 0x10_0000
 SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 MLOCK_ONFAULT = 1
 MADV_GUARD_INSTALL = 102
 
@@ -142,12 +143,22 @@ def wipe_steps(work: tuple[int, int]) -> list[Step]:
     ]
 
 
-def mapping_steps(space: AddressSpace, fds: Mapping[FdKey, int], shmids: Mapping[int, int]) -> list[Step]:
+def scratch_bytes(space: AddressSpace) -> int:
+    """Room that `mapping_steps` wants to attach System V segments in, beside the work area."""
+    sysv = {one.id: one.size_bytes for one in space.objects if one.flavour == "sysv"}
+    ends = [vma.offset + vma.end - vma.start for vma in space.vmas if vma.object in sysv]
+    return -(-max([0, *ends, *sysv.values()]) // PAGE_SIZE) * PAGE_SIZE
+
+
+def mapping_steps(
+    space: AddressSpace, fds: Mapping[FdKey, int], shmids: Mapping[int, int], scratch: int = 0
+) -> list[Step]:
     """Make every mapping, and give the advice that must come before the content.
 
     Args:
         fds: descriptor of the new process for each of `needs`.
         shmids: System V id of each object of that flavour.
+        scratch: address of `scratch_bytes` that are free now and later.
     """
     steps: list[Step] = []
     for vma in space.vmas:
@@ -170,7 +181,8 @@ def mapping_steps(space: AddressSpace, fds: Mapping[FdKey, int], shmids: Mapping
         steps += _advice_steps(vma)
     for one in space.objects:
         if one.id in shmids:
-            steps += _sysv_steps([vma for vma in space.vmas if vma.object == one.id], one, shmids[one.id])
+            parts = [vma for vma in space.vmas if vma.object == one.id]
+            steps += _sysv_steps(parts, one, shmids[one.id], scratch)
     return steps
 
 
@@ -186,38 +198,37 @@ def _advice_steps(vma: VmaState) -> list[Step]:
     ]
 
 
-def _sysv_steps(vmas: Sequence[VmaState], one: SharedObject, shmid: int) -> list[Step]:
-    """Attach a segment as often as it was attached, and unmap of each what the program had unmapped."""
+def _sysv_steps(vmas: Sequence[VmaState], one: SharedObject, shmid: int, scratch: int) -> list[Step]:
+    """Attach a segment as often as it was attached, and bring each piece to its place.
+
+    A program may have unmapped or moved pieces, mapped something else where they were, and grown the last one beyond
+    the segment (mremap(2)): so a segment is attached where nothing else is, grown there, taken to pieces, and what
+    nobody wants is unmapped.
+    """
     steps: list[Step] = []
     size = -(-one.size_bytes // PAGE_SIZE) * PAGE_SIZE
     attached: dict[int, list[VmaState]] = {}
     for vma in vmas:
         attached.setdefault(vma.start - vma.offset, []).append(vma)
-    for base, parts in sorted(attached.items()):
+    for _, parts in sorted(attached.items()):
         read_only = not any("mw" in vma.flags for vma in parts)
         flags = (SHM_RDONLY if read_only else 0) | (SHM_EXEC if parts[0].prot & _PROT_EXEC else 0)
-        steps.append(Step(Call(Nr.SHMAT, (shmid, base, flags)), f"attaching {describe(parts[0])}"))
-        at = base
-        for vma in sorted(parts, key=lambda part: part.start):
-            steps += _gap_steps(at, vma.start)
-            whole = (1 if read_only else 3) | (parts[0].prot & _PROT_EXEC)
+        whole = (1 if read_only else 3) | (parts[0].prot & _PROT_EXEC)
+        what = f"attaching {describe(parts[0])}"
+        steps.append(Step(Call(Nr.SHMAT, (shmid, scratch, flags)), what))
+        end = max(size, *(vma.offset + vma.end - vma.start for vma in parts))
+        if end > size:
+            steps.append(Step(Call(Nr.MREMAP, (scratch, size, end, 0, 0)), f"growing {describe(parts[-1])}"))
+        for vma in parts:
+            length = vma.end - vma.start
+            args = (scratch + vma.offset, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, vma.start)
+            steps.append(Step(Call(Nr.MREMAP, args), f"moving {describe(vma)}"))
             if vma.prot != whole:
-                steps.append(
-                    Step(
-                        Call(Nr.MPROTECT, (vma.start, vma.end - vma.start, vma.prot)),
-                        f"protecting {describe(vma)}",
-                    )
-                )
+                args_protect = (vma.start, length, vma.prot)
+                steps.append(Step(Call(Nr.MPROTECT, args_protect), f"protecting {describe(vma)}"))
             steps += _advice_steps(vma)
-            at = vma.end
-        steps += _gap_steps(at, base + size)
+        steps.append(Step(Call(Nr.MUNMAP, (scratch, end)), what))
     return steps
-
-
-def _gap_steps(start: int, end: int) -> list[Step]:
-    return (
-        [Step(Call(Nr.MUNMAP, (start, end - start)), f"unmapping {start:x}-{end:x}")] if start < end else []
-    )
 
 
 def vdso_start(space: AddressSpace) -> int | None:

@@ -286,11 +286,12 @@ class _Restorer:
         nr_pending = len(state.signals.pending) + sum(len(thread.pending) for thread in state.threads)
         size += nr_pending * 2 * sig.SIGINFO_BYTES
         size = -(-size // PAGE_SIZE) * PAGE_SIZE
-        stub.open_work_area(plan.find_hole(self.space, size, mmap_min_addr()), size)
+        hole = plan.find_hole(self.space, size + plan.scratch_bytes(self.space), mmap_min_addr())
+        stub.open_work_area(hole, size)
         local = ptrace.get_regset(stub.pid, ptrace.NT_X86_XSTATE)
         self._check_features(local)
         stub.run([Step(Call(Nr.ALARM, (0,)), "alarm"), *plan.wipe_steps(stub.work)])
-        stub.run(plan.mapping_steps(self.space, self.objects.fds, self.objects.shmids))
+        stub.run(plan.mapping_steps(self.space, self.objects.fds, self.objects.shmids, hole + size))
         stub.run(thread_steps.tile_permission_steps(state))
         set_program(stub, state.layout, exe_fd, self.warnings)
         self._map_vdso(stub)

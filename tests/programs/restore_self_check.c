@@ -782,10 +782,31 @@ static void group_memory(const char *dir) {
     memset(fp + 5 * PAGE, 0, PAGE);  // a zero page that must not become the file's
     close(pfd);
     close(fd);
+    // System V, grown beyond its end; a piece moved away, and something else where it was
+    int grown_id = shmget(IPC_PRIVATE, 4 * PAGE - 100, IPC_CREAT | 0600), moved_id = shmget(IPC_PRIVATE, 8 * PAGE, IPC_CREAT | 0600);
+    unsigned char *grown = 0, *moved = 0, *moved_piece = 0, *between = 0, *tail = 0;
+    int has_sysv = grown_id >= 0 && moved_id >= 0;
+    if (has_sysv) {
+        grown = shmat(grown_id, 0, 0);
+        fill(grown, 4 * PAGE - 100, 16);
+        grown = mremap(grown, 4 * PAGE, 12 * PAGE, MREMAP_MAYMOVE);
+        if (grown == MAP_FAILED) exit(11);
+        tail = grown + 10 * PAGE;  // wholly beyond the segment, apart from the rest
+        if (munmap(grown + 8 * PAGE, 2 * PAGE)) exit(11);
+        moved = shmat(moved_id, 0, 0);
+        fill(moved, 8 * PAGE, 17);
+        moved_piece = mremap(moved + 2 * PAGE, 2 * PAGE, 2 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, map(2, PROT_NONE, anon_rw, -1));
+        between = mmap(moved + 2 * PAGE, 2 * PAGE, PROT_READ | PROT_WRITE, anon_rw | MAP_FIXED_NOREPLACE, -1, 0);
+        if (moved_piece == MAP_FAILED || between != moved + 2 * PAGE) exit(11);
+        fill(between, 2 * PAGE, 18);
+        mprotect(moved + 6 * PAGE, 2 * PAGE, PROT_READ);
+        shmctl(grown_id, IPC_RMID, 0);
+        shmctl(moved_id, IPC_RMID, 0);
+    }
     // System V, partly unmapped
     int shmid = shmget(IPC_PRIVATE, 8 * PAGE, IPC_CREAT | 0600);
     unsigned char *sv = shmat(shmid, 0, 0);
-    int has_sysv = sv != (void *)-1;
+    if (sv == (void *)-1) has_sysv = 0;
     if (has_sysv) { fill(sv, 8 * PAGE, 9); shmctl(shmid, IPC_RMID, 0); munmap(sv + 6 * PAGE, 2 * PAGE); }
     // advice, locks, guards, huge pages
     madvise(rw + 40 * PAGE, 4 * PAGE, MADV_DONTFORK);
@@ -840,6 +861,15 @@ static void group_memory(const char *dir) {
         CHECK("system v", same(sv, 6 * PAGE, 9) && faults((char *)sv + 6 * PAGE), "differs");
         CHECK("system v id", !shmctl(shmid, IPC_STAT, &ds) && ds.shm_perm.mode & SHM_DEST, "id %d", shmid);
         CHECK("system v detach", !shmdt(sv), "failed");
+        CHECK("system v grown", same(grown, 4 * PAGE - 100, 16) && faults((char *)grown + 4 * PAGE) && faults((char *)tail), "differs");
+        CHECK("system v grown end", !shmdt(grown) && !shmctl(grown_id, IPC_STAT, &ds) && ds.shm_nattch == 1 && !munmap(tail, 2 * PAGE)
+              && shmctl(grown_id, IPC_STAT, &ds) == -1, "attached %d times", (int)ds.shm_nattch);
+        static unsigned char wanted[8 * 4096];
+        fill(wanted, 8 * PAGE, 17);
+        CHECK("system v moved", same(moved, 2 * PAGE, 17) && !memcmp(moved_piece, wanted + 2 * PAGE, 2 * PAGE) && !memcmp(moved + 4 * PAGE, wanted + 4 * PAGE, 4 * PAGE)
+              && same(between, 2 * PAGE, 18), "differs");
+        CHECK("system v moved end", !shmdt(moved) && same(between, 2 * PAGE, 18) && !shmctl(moved_id, IPC_STAT, &ds) && ds.shm_nattch == 1
+              && !munmap(moved_piece, 2 * PAGE) && shmctl(moved_id, IPC_STAT, &ds) == -1, "attached %d times", (int)ds.shm_nattch);
     }
     CHECK("huge", same(huge, 2048 * PAGE, 10), "differs");
     if (has_guard) CHECK("guards", faults((char *)guarded + 5 * PAGE) && same(guarded, 4 * PAGE, 11) && !faults((char *)guarded + 8 * PAGE), "differ");

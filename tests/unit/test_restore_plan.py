@@ -97,25 +97,33 @@ def test_kernel_mappings_are_left_to_the_kernel() -> None:
     assert (nr, args[1]) == (Nr.ARCH_PRCTL, vvar.start)
 
 
-def test_system_v_segment_is_attached_once_for_each_base_and_trimmed() -> None:
+def segment_part(start: int, end: int, offset: int) -> VmaState:
+    return vma(start, end, shared=True, kind=VmaKind.SHMEM, object=3, offset=offset, flags=frozenset({"mw"}))
+
+
+def test_system_v_segment_is_attached_once_for_each_base_and_taken_to_pieces() -> None:
     segment = SharedObject(3, "sysv", "/SYSV00000000", (0, 1), 7, 8 * 4096)
-    parts = [
-        vma(0x100000, 0x102000, shared=True, kind=VmaKind.SHMEM, object=3, flags=frozenset({"mw"})),
-        vma(
-            0x104000,
-            0x106000,
-            shared=True,
-            kind=VmaKind.SHMEM,
-            object=3,
-            offset=0x4000,
-            flags=frozenset({"mw"}),
-        ),
+    wanted = space(
+        segment_part(0x100000, 0x102000, 0), segment_part(0x104000, 0x106000, 0x4000), objects=(segment,)
+    )
+    assert plan.scratch_bytes(wanted) == 0x8000
+    assert calls(plan.mapping_steps(wanted, {}, {3: 77}, 0x900000)) == [
+        (int(Nr.SHMAT), (77, 0x900000, 0)),
+        (int(Nr.MREMAP), (0x900000, 0x2000, 0x2000, 3, 0x100000)),
+        (int(Nr.MREMAP), (0x904000, 0x2000, 0x2000, 3, 0x104000)),
+        (int(Nr.MUNMAP), (0x900000, 0x8000)),
     ]
-    made = calls(plan.mapping_steps(space(*parts, objects=(segment,)), {}, {3: 77}))
-    assert made == [
-        (int(Nr.SHMAT), (77, 0x100000, 0)),
-        (int(Nr.MUNMAP), (0x102000, 0x2000)),
-        (int(Nr.MUNMAP), (0x106000, 0x2000)),
+
+
+def test_system_v_segment_that_was_grown_is_grown_again() -> None:
+    segment = SharedObject(3, "sysv", "/SYSV00000000", (0, 1), 7, 2 * 4096 - 7)
+    wanted = space(segment_part(0x100000, 0x105000, 0), objects=(segment,))
+    assert plan.scratch_bytes(wanted) == 0x5000
+    assert calls(plan.mapping_steps(wanted, {}, {3: 77}, 0x900000)) == [
+        (int(Nr.SHMAT), (77, 0x900000, 0)),
+        (int(Nr.MREMAP), (0x900000, 0x2000, 0x5000, 0, 0)),
+        (int(Nr.MREMAP), (0x900000, 0x5000, 0x5000, 3, 0x100000)),
+        (int(Nr.MUNMAP), (0x900000, 0x5000)),
     ]
 
 
