@@ -29,8 +29,9 @@ class Features:
         pagemap_scan: the ioctl exists (Linux 6.7).
         guard_category: PAGEMAP_SCAN knows PAGE_IS_GUARD (6.15).
         uffd_wp_async: asynchronous write-protect works end to end: armed, written, seen.
-        holes_are_written: PAGEMAP_SCAN calls an emptied page WRITTEN (the fixes of 2026); without it presence
-            alone tells, which is why the dump rule never relies on it.
+        holes_are_written: in memory registered with a userfaultfd PAGEMAP_SCAN calls WRITTEN what is not there,
+            an emptied page as well as a hole without page tables (the fixes of 2026); without it only a look
+            at all pages tells what vanished.
         soft_dirty: bit 55 of pagemap goes and comes back with writes.
         notes: why something is missing, one line each.
     """
@@ -107,12 +108,27 @@ def _probe_wp_async(area: mmap.mmap, address: int, pagemap: int, notes: list[str
             notes.append("userfaultfd: a write to an armed page is not reported")
             return False, False
         area.madvise(mmap.MADV_DONTNEED, 2 * PAGE_SIZE, PAGE_SIZE)
-        return True, _written(pagemap, address, 4) == 2
+        return True, _written(pagemap, address, 4) == 2 and _void_is_written(fd, pagemap)
     except OSError as error:
         notes.append(f"userfaultfd write-protect: {errno.errorcode.get(error.errno or 0, '?')}")
         return False, False
     finally:
         os.close(fd)
+
+
+def _void_is_written(fd: int, pagemap: int) -> bool:
+    """Is registered memory without even a page table called WRITTEN?"""
+    huge_size = 512 * PAGE_SIZE
+    with mmap.mmap(-1, 2 * huge_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        view = np.frombuffer(area, dtype=np.uint8)
+        address = int(view.ctypes.data)
+        del view
+        start = -(-address // huge_size) * huge_size
+        uffd.register_wp(fd, start, start + huge_size)
+        try:
+            return _written(pagemap, start, 512) == 512
+        finally:
+            uffd.unregister(fd, start, start + huge_size)
 
 
 def _probe_soft_dirty(area: mmap.mmap, address: int, pagemap: int) -> bool:

@@ -21,6 +21,8 @@ TASK_SIZE = 0x7FFF_FFFF_F000  # x86-64, 4-level page tables
 PageNumbers = npt.NDArray[np.uint64]
 Runs = npt.NDArray[np.uint64]
 
+_END_OF_PAGES = np.uint64(1 << 63)
+
 NO_PAGES: PageNumbers = np.zeros(0, dtype=np.uint64)
 NO_RUNS: Runs = np.zeros((0, 2), dtype=np.uint64)
 
@@ -138,7 +140,8 @@ def merge_runs(runs: Runs) -> Runs:
     """Any (first, nr) rows as runs: sorted, overlaps and touching neighbours joined."""
     if len(runs) < 2:
         return runs
-    ordered = runs[np.argsort(runs[:, 0], kind="stable")]
+    in_order = bool((runs[1:, 0] >= runs[:-1, 0]).all())
+    ordered = runs if in_order else runs[np.argsort(runs[:, 0], kind="stable")]
     ends = np.maximum.accumulate(ordered[:, 0] + ordered[:, 1])
     starts_new = np.concatenate((np.array([True]), ordered[1:, 0] > ends[:-1]))
     first = np.flatnonzero(starts_new)
@@ -149,41 +152,26 @@ def merge_runs(runs: Runs) -> Runs:
     return out
 
 
-def _covered(points: PageNumbers, runs: Runs) -> npt.NDArray[np.bool_]:
-    """For each page number: does any of `runs` hold it?"""
-    if len(runs) == 0:
-        return np.zeros(len(points), dtype=bool)
-    at = np.searchsorted(runs[:, 0], points, side="right").astype(np.int64) - 1
-    inside: npt.NDArray[np.bool_] = (at >= 0) & (points < runs[at, 0] + runs[at, 1])
-    return inside
-
-
-def _select(a: Runs, b: Runs, keep_in_b: bool) -> Runs:
-    """The pages of `a` that are (or are not) in `b`."""
-    if len(a) == 0 or len(b) == 0:
-        return a[:0] if keep_in_b else a
-    # runs of `a` that no edge of `b` cuts are kept or dropped whole; only the others are split
-    starts, ends = a[:, 0], a[:, 0] + a[:, 1]
-    edges = np.unique(np.concatenate((b[:, 0], b[:, 0] + b[:, 1])))
-    cut = np.searchsorted(edges, ends, side="left") > np.searchsorted(edges, starts, side="right")
-    whole = a[~cut]
-    kept: Runs = whole[_covered(whole[:, 0], b) == keep_in_b]
-    if not cut.any():
-        return kept
-    parts = a[cut]
-    inner = edges[_covered(edges, parts)]
-    points = np.unique(np.concatenate((parts[:, 0], parts[:, 0] + parts[:, 1], inner)))
-    pieces = np.stack((points[:-1], points[1:] - points[:-1]), axis=1)
-    pieces = pieces[_covered(pieces[:, 0], parts)]
-    pieces = pieces[_covered(pieces[:, 0], b) == keep_in_b]
-    return merge_runs(np.concatenate((kept, pieces)))
-
-
 def intersect_runs(a: Runs, b: Runs) -> Runs:
-    """The pages in both."""
-    return _select(a, b, True)
+    """The pages in both.  Linear: trackers do this while a target stands still."""
+    if len(a) == 0 or len(b) == 0:
+        return NO_RUNS
+    a_ends, b_ends = a[:, 0] + a[:, 1], b[:, 0] + b[:, 1]
+    # the n-th run of `a` meets the runs of `b` from `first[n]` on, `nr[n]` of them
+    first = np.searchsorted(b_ends, a[:, 0], side="right")
+    nr = np.searchsorted(b[:, 0], a_ends, side="left") - first
+    mine = np.repeat(np.arange(len(a)), nr)
+    theirs = np.arange(len(mine)) + np.repeat(first - (np.cumsum(nr) - nr), nr)
+    starts = np.maximum(a[mine, 0], b[theirs, 0])
+    out: Runs = np.stack((starts, np.minimum(a_ends[mine], b_ends[theirs]) - starts), axis=1)
+    return out
 
 
 def subtract_runs(a: Runs, b: Runs) -> Runs:
     """The pages of `a` that are not in `b`."""
-    return _select(a, b, False)
+    if len(a) == 0 or len(b) == 0:
+        return a
+    starts = np.concatenate((np.zeros(1, dtype=np.uint64), b[:, 0] + b[:, 1]))
+    ends = np.concatenate((b[:, 0], np.full(1, _END_OF_PAGES)))
+    gaps = np.stack((starts, ends - starts), axis=1)
+    return intersect_runs(a, gaps[gaps[:, 1] != 0])

@@ -19,6 +19,8 @@ import numpy.typing as npt
 Regions = npt.NDArray[np.uint64]
 """(n, 3): start address, end address, categories."""
 
+NO_REGIONS: Regions = np.zeros((0, 3), dtype=np.uint64)
+
 PAGE_IS_WPALLOWED = 1 << 0
 PAGE_IS_WRITTEN = 1 << 1
 PAGE_IS_FILE = 1 << 2
@@ -90,7 +92,7 @@ def scan(
         if nr < _VEC_LEN:
             break
         start = _ARG.unpack(arg)[4]
-    return np.concatenate(found) if found else np.zeros((0, 3), dtype=np.uint64)
+    return np.concatenate(found) if found else NO_REGIONS
 
 
 def write_protect(fd: int, start: int, end: int) -> None:

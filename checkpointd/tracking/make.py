@@ -44,7 +44,12 @@ def make_tracker(backend: str, pid: int, remote: Remote, features: Features) -> 
                 backend, features, injection_refused=f"userfaultfd failed in the target: {error.strerror}"
             )
         else:
-            return UffdWpTracker(fd, has_guard_category=features.guard_category), choice
+            tracker = UffdWpTracker(
+                fd,
+                has_guard_category=features.guard_category,
+                holes_are_written=features.holes_are_written,
+            )
+            return tracker, choice
     return ContentTracker(has_guard_category=features.guard_category), choice
 
 

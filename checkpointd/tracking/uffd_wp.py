@@ -10,6 +10,11 @@ VMA tracked" is known per page as WPALLOWED, and a page is clean only if its VMA
 armed, and it is still armed.  Only anonymous VMAs are armed: MADV_GUARD_INSTALL livelocks on armed file and
 shared VMAs, and DONTNEED leaves a stale marker there.
 
+Most of a target has been registered for long and has not changed.  Of such a VMA only the pages that read WRITTEN
+(or guard) are asked for: 0.5 ms a GiB against 3 to 40 for all of it (measured).  What is known to have held data
+then still does, unchanged, unless it is among them: an emptied page reads WRITTEN too, on kernels where
+`Features.holes_are_written`; elsewhere everything is looked at each time.
+
 Linux kernel commit 52526ca7fdb9 ("fs/proc/task_mmu: implement IOCTL to get and optionally clear info about
 PTEs") (in v6.7); d61ea1cb0095 ("userfaultfd: UFFD_FEATURE_WP_ASYNC") (in v6.7).
 """
@@ -18,6 +23,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,6 +33,7 @@ from checkpointd.linux import userfaultfd as uffd
 from checkpointd.memory import (
     NO_RUNS,
     PAGE_SHIFT,
+    PAGE_SIZE,
     Runs,
     Vma,
     VmaKind,
@@ -35,13 +43,30 @@ from checkpointd.memory import (
     subtract_runs,
 )
 from checkpointd.tracking.base import Collection, Space, TrackingLostError
-from checkpointd.tracking.presence import PresentRegions, scan_presence
+from checkpointd.tracking.presence import PresentRegions, anonymous_only, holding_data, scan_presence
 
 FEATURES = uffd.FEATURE_WP_ASYNC | uffd.FEATURE_WP_UNPOPULATED | uffd.FEATURE_WP_HUGETLBFS_SHMEM
 """The set our kernel facts were found with; HUGETLBFS_SHMEM and UNPOPULATED make WP_ASYNC use markers."""
 
 _MAX_ARM_CALLS = 32
 """Above this many dirty runs a VMA is armed by one walk instead of one call a run.  Chosen, not tuned."""
+
+
+QUICK_PAGES = 16
+"""Smaller VMAs are looked at in full: three calls would cost more."""
+
+_WRITTEN_RETURNED = ps.PAGE_IS_WRITTEN | ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED | ps.PAGE_IS_PFNZERO
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """Attributes:
+    seen: all pages returned, whatever they hold.
+    present: those of them that hold data.
+    """
+
+    seen: Runs
+    present: PresentRegions
 
 
 class UffdWpTracker:
@@ -51,30 +76,73 @@ class UffdWpTracker:
     precision = "exact to 4 KiB pages; a write of the same value counts as a change"
     cost = "0.5 to 0.7 us at the first write to a page after each dump; huge pages written to are split"
 
-    def __init__(self, fd: int, *, has_guard_category: bool) -> None:
+    def __init__(self, fd: int, *, has_guard_category: bool, holes_are_written: bool = False) -> None:
         self._fd = fd
         self._has_guard_category = has_guard_category
+        self._holes_are_written = holes_are_written
         self._base: Runs = NO_RUNS  # what held data at the last committed collection
+        self._seen: Runs = NO_RUNS  # what held data at the last collection, committed or not
         self._carried: Runs = NO_RUNS  # reported by collections that were rolled back
         self._pending: tuple[Runs, Runs] | None = None  # (data, dirty) of the collection not yet decided
         self._lost = False
 
     def collect(self, space: Space) -> Collection:
-        present = scan_presence(space.pagemap, space.vmas, has_guard_category=self._has_guard_category)
-        data = merge_runs(present.runs)
+        known = self._known(space)
+        present = self._present(space, known)
         foreign = self._register(space.vmas)
-        clean = self._clean(space, present, foreign)
+        if known & foreign:
+            # registered for write-protect by somebody else's userfaultfd
+            known -= foreign
+            present = self._present(space, known)
+        written = self._written(space, sorted(known))
+
+        unchanged = subtract_runs(intersect_runs(self._seen, _ranges(space.vmas, known)), written.seen)
+        clean = _union(self._clean(space, present, foreign), intersect_runs(unchanged, self._base))
+        for unsafe in (self._carried, space.always_dirty):
+            clean = subtract_runs(clean, unsafe)
+        data = _union(present.runs, written.present.runs, unchanged)
         dirty = subtract_runs(data, clean)
-        self._pending = (data, dirty)
+        self._pending, self._seen = (data, dirty), data
         self._lift_stale(space, present, foreign)
         self._arm(space, dirty)
         return Collection(
             clean=clean,
             dirty=dirty,
-            guards=present.guards,
-            nr_reported=self._nr_reported(present),
+            guards=_union(present.guards, written.present.guards),
+            nr_reported=_nr_written(present) + _nr_written(written.present),
             forced=intersect_runs(dirty, space.always_dirty),
         )
+
+    def _known(self, space: Space) -> set[int]:
+        """VMAs that have been registered since the last collection, by index: ask for their WRITTEN pages only."""
+        if len(self._seen) == 0 or not self._holes_are_written:
+            return set()
+        return {
+            n
+            for n, vma in enumerate(space.vmas)
+            if vma.nr_pages >= QUICK_PAGES and anonymous_only(vma) and _is_registered(space.pagemap, vma)
+        }
+
+    def _present(self, space: Space, known: set[int]) -> PresentRegions:
+        """What holds data in all VMAs but these."""
+        return scan_presence(
+            space.pagemap, space.vmas, has_guard_category=self._has_guard_category, skip=known
+        )
+
+    def _written(self, space: Space, which: Sequence[int]) -> _Written:
+        """The pages of registered VMAs that are not armed, or guard."""
+        interesting, returned = ps.PAGE_IS_WRITTEN, _WRITTEN_RETURNED
+        if self._has_guard_category:
+            # an armed guard page does not read WRITTEN
+            interesting, returned = interesting | ps.PAGE_IS_GUARD, returned | ps.PAGE_IS_GUARD
+        vmas = [space.vmas[n] for n in which]
+        found = [
+            ps.scan(space.pagemap, vma.start, vma.end, anyof=interesting, returned=returned) for vma in vmas
+        ]
+        regions = np.concatenate(found) if found else ps.NO_REGIONS
+        seen = np.stack((regions[:, 0], regions[:, 1] - regions[:, 0]), axis=1) >> np.uint64(PAGE_SHIFT)
+        held = (regions[:, 2] & np.uint64(ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED)) != 0
+        return _Written(merge_runs(seen), holding_data(space.pagemap, regions[held], vmas))
 
     def commit(self) -> None:
         if self._pending is not None:
@@ -103,15 +171,7 @@ class UffdWpTracker:
         )
         clean = merge_runs(present.runs[armed & trackable[present.vma]])
         # on kernels that leave stale write-protect bits after mremap a moved page may look armed
-        clean = intersect_runs(clean, self._base)
-        for unsafe in (self._carried, space.always_dirty):
-            if len(unsafe):
-                clean = subtract_runs(clean, unsafe)
-        return clean
-
-    def _nr_reported(self, present: PresentRegions) -> int:
-        written = (present.categories & np.uint64(ps.PAGE_IS_WRITTEN)) != 0
-        return nr_pages_in(present.runs[written])
+        return intersect_runs(clean, self._base)
 
     def _register(self, vmas: tuple[Vma, ...]) -> set[int]:
         """Register what can be; the indices of VMAs that belong to somebody else's userfaultfd."""
@@ -139,7 +199,7 @@ class UffdWpTracker:
         page is the only kind that is neither WPALLOWED nor WRITTEN.
         """
         stale = (present.categories & np.uint64(ps.PAGE_IS_WPALLOWED | ps.PAGE_IS_WRITTEN)) == 0
-        for n in np.unique(present.vma[stale]).tolist():
+        for n in sorted(set(present.vma[stale].tolist())):
             vma = space.vmas[n]
             if vma.kind is VmaKind.ANON and n not in foreign:
                 uffd.lift_protection(self._fd, vma.start, vma.end)
@@ -163,3 +223,24 @@ class UffdWpTracker:
                 ps.write_protect(
                     space.pagemap, max(vma.start, int(starts[first])), min(vma.end, int(ends[last - 1]))
                 )
+
+
+def _is_registered(pagemap: int, vma: Vma) -> bool:
+    """Is the VMA registered for asynchronous write-protect?  One page is asked about: it is a property of VMAs."""
+    wanted = ps.PAGE_IS_WPALLOWED
+    return len(ps.scan(pagemap, vma.start, vma.start + PAGE_SIZE, mask=wanted, returned=wanted)) > 0
+
+
+def _ranges(vmas: Sequence[Vma], which: set[int]) -> Runs:
+    rows = [(vmas[n].first_page, vmas[n].nr_pages) for n in sorted(which)]
+    return merge_runs(np.array(rows, dtype=np.uint64).reshape(-1, 2))
+
+
+def _union(*parts: Runs) -> Runs:
+    full = [part for part in parts if len(part)]
+    return merge_runs(full[0] if len(full) == 1 else np.concatenate(full)) if full else NO_RUNS
+
+
+def _nr_written(present: PresentRegions) -> int:
+    written = (present.categories & np.uint64(ps.PAGE_IS_WRITTEN)) != 0
+    return nr_pages_in(present.runs[written])
