@@ -62,7 +62,7 @@ man: $(STAMP) ## build the man pages into build/man
 bench: $(STAMP) ## measure against physical limits and peers (long)
 	$(PY) -m benchmarks $(ARGS)
 
-soak: $(STAMP) ## kill agents 10,000 times at random instants (long)
+soak: $(STAMP) ## kill agents and services 10,000 times (long; goes on where it was interrupted)
 	$(PY) -m tests.soak.run --kills 10000 $(ARGS)
 
 KERNELS = 6.12-stock 6.12-precise 6.1-stock 6.1-precise

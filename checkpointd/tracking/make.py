@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+from checkpointd import tracepoint
 from checkpointd.features import Features
 from checkpointd.linux import pidfd
 from checkpointd.linux import userfaultfd as uffd
@@ -58,6 +59,7 @@ def _make_userfaultfd(pid: int, remote: Remote, calls: list[Call]) -> int:
     number = remote.batch(calls, undo=[Call(NR_CLOSE, (Result(0),))])[0]
     if number < 0:
         raise OSError(-number, os.strerror(-number), "userfaultfd")
+    tracepoint.hit("track.made")
     try:
         process_fd = pidfd.pidfd_open(pid)
         try:
@@ -66,6 +68,7 @@ def _make_userfaultfd(pid: int, remote: Remote, calls: list[Call]) -> int:
             os.close(process_fd)
     finally:
         remote.call(NR_CLOSE, number)
+    tracepoint.hit("track.taken")
     try:
         uffd.handshake(fd, FEATURES)
     except OSError:

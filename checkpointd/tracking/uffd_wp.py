@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from checkpointd import tracepoint
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.linux import userfaultfd as uffd
 from checkpointd.memory import (
@@ -89,7 +90,9 @@ class UffdWpTracker:
     def collect(self, space: Space) -> Collection:
         known = self._known(space)
         present = self._present(space, known)
+        tracepoint.hit("track.scanned")
         foreign = self._register(space.vmas)
+        tracepoint.hit("track.registered")
         if known & foreign:
             # registered for write-protect by somebody else's userfaultfd
             known -= foreign
@@ -104,7 +107,9 @@ class UffdWpTracker:
         dirty = subtract_runs(data, clean)
         self._pending, self._seen = (data, dirty), data
         self._lift_stale(space, present, foreign)
+        tracepoint.hit("track.lifted")
         self._arm(space, dirty)
+        tracepoint.hit("track.armed")
         return Collection(
             clean=clean,
             dirty=dirty,
@@ -157,8 +162,10 @@ class UffdWpTracker:
 
     def disarm(self) -> None:
         if self._fd >= 0:
+            tracepoint.hit("untrack.begin")
             os.close(self._fd)
             self._fd = -1
+            tracepoint.hit("untrack.done")
 
     def _clean(self, space: Space, present: PresentRegions, foreign: set[int]) -> Runs:
         if len(self._base) == 0:

@@ -79,7 +79,7 @@ def test_thaw_twice_is_once(start):
     [
         *("regs", "nanosleep", "clock-nanosleep", "poll", "ppoll", "futex", "epoll-timeout", "read", "epoll"),
         *("semop", "sigwait", "signals", "altstack", "clock", "rseq", "threads9", "births", "forks"),
-        *("nanosleep-long", "epoll-long"),
+        *("nanosleep-long", "clock-nanosleep-long", "poll-long", "futex-long", "select-long", "epoll-long"),
     ],
 )
 def test_freezes_and_injections_are_not_noticed(start, mode):

@@ -26,6 +26,7 @@
 #include <sys/ipc.h>
 #include <sys/mman.h>
 #include <sys/rseq.h>
+#include <sys/select.h>
 #include <sys/sem.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -536,24 +537,49 @@ static void mode_forks(void)
 }
 
 // one long sleep, frozen many times: never short, and its end is not put off by each freeze
-static void long_sleep(const char *what, int is_epoll)
+enum long_kind { LONG_NANOSLEEP, LONG_CLOCK_NANOSLEEP, LONG_POLL, LONG_FUTEX, LONG_SELECT, LONG_EPOLL };
+
+static long sleep_long(enum long_kind kind, int ep)
+{
+    static int word;
+    struct timespec wanted = {0, 400000000};
+    struct timeval select_wanted = {0, 400000};
+    struct epoll_event event;
+    long got_;
+    switch (kind) {
+    case LONG_NANOSLEEP: return nanosleep(&wanted, NULL);
+    case LONG_CLOCK_NANOSLEEP:
+        errno = clock_nanosleep(CLOCK_MONOTONIC, 0, &wanted, NULL);
+        return errno ? -1 : 0;
+    case LONG_POLL: return poll(NULL, 0, 400);
+    case LONG_FUTEX:
+        got_ = syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, 0, &wanted, NULL, 0);
+        return got_ == -1 && errno == ETIMEDOUT ? 0 : got_;
+    case LONG_SELECT: return select(0, NULL, NULL, NULL, &select_wanted);
+    default: return epoll_wait(ep, &event, 1, 400);
+    }
+}
+
+static void long_sleep(const char *what, enum long_kind kind)
 {
     int ep = epoll_create1(EPOLL_CLOEXEC);
     while (!shm->quit) {
-        struct epoll_event event;
-        struct timespec wanted = {0, 400000000};
         int64_t start = now_ns(CLOCK_MONOTONIC);
-        int got_ = is_epoll ? epoll_wait(ep, &event, 1, 400) : nanosleep(&wanted, NULL);
-        if (excused(got_)) continue;
-        if (got_) fail("%s: %d %s", what, got_, strerror(errno));
-        check_sleep(what, start, is_epoll ? 399000000 : 400000000);
-        if (now_ns(CLOCK_MONOTONIC) - start > 1200000000) fail("%s was put off", what);
+        long got_ = sleep_long(kind, ep);
+        if (kind == LONG_EPOLL && excused(got_)) continue;
+        if (got_) fail("%s: %ld %s", what, got_, strerror(errno));
+        check_sleep(what, start, kind == LONG_EPOLL ? 399000000 : 400000000);
+        if (now_ns(CLOCK_MONOTONIC) - start > 3000000000) fail("%s was put off", what);
         step();
     }
 }
 
-static void mode_nanosleep_long(void) { long_sleep("a long nanosleep", 0); }
-static void mode_epoll_long(void) { long_sleep("a long epoll_wait", 1); }
+static void mode_nanosleep_long(void) { long_sleep("a long nanosleep", LONG_NANOSLEEP); }
+static void mode_clock_nanosleep_long(void) { long_sleep("a long clock_nanosleep", LONG_CLOCK_NANOSLEEP); }
+static void mode_poll_long(void) { long_sleep("a long poll", LONG_POLL); }
+static void mode_futex_long(void) { long_sleep("a long futex wait", LONG_FUTEX); }
+static void mode_select_long(void) { long_sleep("a long select", LONG_SELECT); }
+static void mode_epoll_long(void) { long_sleep("a long epoll_wait", LONG_EPOLL); }
 
 // a multi-threaded program that replaces itself all the time
 static char **own_argv;
@@ -594,6 +620,8 @@ static const struct { const char *name; void (*run)(void); } modes[] = {
     {"signals", mode_signals}, {"altstack", mode_altstack}, {"clock", mode_clock}, {"rseq", mode_rseq},
     {"threads9", mode_threads9}, {"threads64", mode_threads64}, {"births", mode_births}, {"forks", mode_forks},
     {"nanosleep-long", mode_nanosleep_long}, {"epoll-long", mode_epoll_long}, {"execs", mode_execs},
+    {"clock-nanosleep-long", mode_clock_nanosleep_long}, {"poll-long", mode_poll_long},
+    {"futex-long", mode_futex_long}, {"select-long", mode_select_long},
     {"vfork", mode_vfork}, {"headless", mode_headless},
 };
 
