@@ -19,6 +19,7 @@
     ├── NoSpace                   13   the disk is full
     ├── FrozenTooLong             14   `--max-frozen` or a deadline was passed; the target runs on
     ├── Cancelled                 15   the user asked to stop
+    ├── PagesMissed               16   a measured backend did not report pages that changed
     └── ServiceUnreachable        20   no service at the socket
         └── VersionMismatch       20   a service of another version answers
 
@@ -146,6 +147,11 @@ class FrozenTooLong(CheckpointError):
 class Cancelled(CheckpointError):
     reason = "CANCELLED"
     exit_code = 15
+
+
+class PagesMissed(CheckpointError):
+    reason = "PAGES_MISSED"
+    exit_code = 16
 
 
 class ServiceUnreachable(CheckpointError):

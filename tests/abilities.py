@@ -218,4 +218,5 @@ ABILITIES: dict[str, Callable[[], bool]] = {
     "node": _program("node"),
     "java": _program("java", "javac"),
     "criu": _program("criu"),
+    "chromium": _program("chromium"),
 }

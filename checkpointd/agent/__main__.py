@@ -28,6 +28,7 @@ from checkpointd.agent.protocol import (
     Channel,
     CheckArgs,
     DumpArgs,
+    MeasureArgs,
     ProtocolError,
     RestoreArgs,
     TrackArgs,
@@ -35,7 +36,7 @@ from checkpointd.agent.protocol import (
     hello,
 )
 from checkpointd.dump.dump import Dumper, DumpOptions
-from checkpointd.errors import Cancelled, CheckpointError, FrozenTooLong, TargetGone
+from checkpointd.errors import Busy, Cancelled, CheckpointError, FrozenTooLong, TargetGone
 from checkpointd.linux import pidfd
 
 _PROGRESS_INTERVAL_S = 0.1
@@ -130,6 +131,8 @@ class Agent:
             return self._dump(number, DumpArgs.from_dict(args))
         if op == "restore":
             return self._restore(number, RestoreArgs.from_dict(args))
+        if op == "measure":
+            return self._measure(number, MeasureArgs.from_dict(args))
         raise ProtocolError(f"no operation named {op!r}")
 
     def _target(self, pid: int) -> Dumper:
@@ -211,6 +214,32 @@ class Agent:
             self._adopt(dumper)
         found: dict[str, Any] = stats.to_dict()
         return found
+
+    def _measure(self, number: int, args: MeasureArgs) -> dict[str, Any]:
+        from checkpointd.measure import engine  # noqa: PLC0415 - only agents that measure need it
+        from checkpointd.report import record  # noqa: PLC0415
+
+        if self._dumper is not None and self._dumper.choice.backend:
+            raise Busy(
+                f"process {args.pid} is tracked for its next dump, and measuring would disturb that",
+                hint=f"end the tracking first: checkpoint untrack -p {args.pid}",
+                pid=args.pid,
+            )
+        check.refuse_impossible(args.pid)
+        total = args.epochs
+
+        def emit(found: dict[str, Any]) -> None:
+            self._send({"id": number, "event": "record", "json": record.line(found)})
+            if found["type"] == "run":
+                self._send({"id": number, "event": "phase", "phase": " + ".join(found["backends"])})
+            elif found["type"] == "epoch":
+                done = {"done": found["epoch"], "total": total, "unit": "epochs"}
+                self._send({"id": number, "event": "progress", **done})
+
+        options = engine.MeasureOptions(
+            args.interval_us, args.epochs, tuple(args.backends), args.run, args.baseline_us
+        )
+        return engine.measure(args.pid, options, emit, lambda: self._leaving or number in self._cancelled)
 
     def _reporter(self, number: int, unit: str) -> Callable[[str, int, int], None]:
         last_at, last_phase = 0.0, ""

@@ -5,12 +5,14 @@ Framing: 4 bytes little-endian length, then that many bytes of JSON (one object,
 
 Service to agent::
 
-    {"id": n, "op": "check|track|untrack|dump|restore|status|cancel|shutdown", "args": {...}}
+    {"id": n, "op": "check|track|untrack|dump|restore|measure|status|cancel|shutdown", "args": {...}}
 
-Agent to service, any number of `phase` and `progress`, then exactly one `result` or `error` per request::
+Agent to service, any number of `phase`, `progress` and (of a measurement) `record`, then exactly one `result`
+or `error` per request::
 
     {"id": n, "event": "phase", "phase": "freezing"}
     {"id": n, "event": "progress", "done": 1, "total": 2, "unit": "bytes"}
+    {"id": n, "event": "record", "json": "..."}
     {"id": n, "event": "result", "value": {...}}
     {"id": n, "event": "error", "error": CheckpointError.to_dict()}
 
@@ -24,7 +26,8 @@ CANCELLED, or with its result when it was done already) and `status`, which are 
 on the socket, or `shutdown`, means: let the target go, leave nothing of ours in it, and exit.
 
 Values of results: `check` gives `CheckResult`, `track` gives `TrackResult`, `dump` and `restore` give
-`DumpStats.to_dict()` and `RestoreStats.to_dict()`, `status` gives `AgentStatus`, the others `{}`.
+`DumpStats.to_dict()` and `RestoreStats.to_dict()`, `measure` the record's end,
+`status` gives `AgentStatus`, the others `{}`.
 """
 
 from __future__ import annotations
@@ -212,6 +215,18 @@ class RestoreArgs(_Args):
     changed: str = "refuse"
     track_backend: str = "auto"
     deadline_s: float | None = None
+
+
+@dataclass(frozen=True)
+class MeasureArgs(_Args):
+    """How to measure; see `checkpointd.measure.engine.MeasureOptions`."""
+
+    pid: int
+    interval_us: int
+    epochs: int
+    backends: list[str] = field(default_factory=list)
+    run: int = -1
+    baseline_us: int = 0
 
 
 @dataclass(frozen=True)

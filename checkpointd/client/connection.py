@@ -173,6 +173,10 @@ class Client:
         """Events of a verify; with no image, of all of them."""
         return self._events("Verify", pb.VerifyRequest(image=image, store=store))
 
+    def measure(self, pid: int, **options: Any) -> Iterator[dict[str, Any]]:
+        """Events of a measurement; `options` are the fields of MeasureRequest.  The last one is the summary."""
+        return self._events("Measure", pb.MeasureRequest(pid=pid, **options))
+
     def watch(self, operation_id: str) -> Iterator[dict[str, Any]]:
         """All events of an operation from its start."""
         for message in self._stream("WatchOperation", pb.WatchOperationRequest(operation_id=operation_id)):

@@ -21,7 +21,7 @@ from typing import Any
 
 from checkpointd import features, tracepoint
 from checkpointd.dump.targets import pinned_runs
-from checkpointd.errors import Cancelled, TargetExeced, TargetGone
+from checkpointd.errors import Cancelled, KernelLacks, TargetExeced, TargetGone, UsageError
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.linux import pidfd
 from checkpointd.measure.plan import PASSIVE, Plan, plan_runs
@@ -81,6 +81,8 @@ def measure(
     """
     found = features.probe()
     plan = plan_runs(options.backends, found)
+    if options.run >= len(plan.runs):
+        raise UsageError(f"there are {len(plan.runs)} runs, and no run {options.run + 1}")
     return _Measuring(pid, options, plan, found, emit, cancelled, between).work()
 
 
@@ -112,7 +114,7 @@ class _Measuring:
             self._emit(self._header())
             numbers = range(len(self._plan.runs)) if self._options.run < 0 else [self._options.run]
             for number in numbers:
-                self._run(number, self._plan.runs[number])
+                self._try(number, self._plan.runs[number])
         except (TargetGone, FileNotFoundError, ProcessLookupError) as error:
             # the files of /proc/PID vanish under whoever reads them when a process ends
             known = isinstance(error, TargetGone)
@@ -157,6 +159,17 @@ class _Measuring:
 
     # -- one run
 
+    def _try(self, number: int, names: tuple[str, ...]) -> None:
+        """A run, or what is left of it when this target does not allow a backend that nobody asked for by name."""
+        try:
+            self._run(number, names)
+        except KernelLacks as error:
+            if self._options.backends:
+                raise
+            self._emit({"type": "skipped", "run": number, "backends": list(names), "why": error.message})
+            if PASSIVE in names and len(names) > 1:
+                self._run(number, (PASSIVE,))
+
     def _run(self, number: int, names: tuple[str, ...]) -> None:
         trackers: dict[str, Tracker] = {}
         reader = ReaderProcess(self.pid)
@@ -167,10 +180,12 @@ class _Measuring:
             self._epoch(number, 0, names, trackers, reader, self._spent())
             for epoch in range(1, self._options.epochs + 1):
                 spent = self._spent()
+                self._mark(number, epoch, "begin")
                 if self._between is None:
                     self._wait(self._options.interval_us)
                 else:
                     self._between(epoch)
+                self._mark(number, epoch, "end")
                 self._epoch(number, epoch, names, trackers, reader, spent)
                 self._nr_epochs += 1
         finally:
@@ -179,11 +194,17 @@ class _Measuring:
                     tracker.disarm()
             reader.close()
 
+    def _mark(self, number: int, epoch: int, edge: str) -> None:
+        """Tell that the target runs undisturbed from here, or to here; 0 is the time before it is tracked."""
+        self._emit({"type": "mark", "run": number, "epoch": epoch, "edge": edge, "t_us": self._now_us()})
+
     def _baseline(self, number: int) -> None:
         """How the target does before anything of ours touches it."""
         before = self._spent()
         begun_us = self._now_us()
+        self._mark(number, 0, "begin")
         self._wait(self._options.baseline_us)
+        self._mark(number, 0, "end")
         after = self._spent()
         self._emit(
             {

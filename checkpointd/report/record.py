@@ -19,7 +19,7 @@ from checkpointd.errors import UsageError
 
 FORMAT = "checkpointd-measurement"
 VERSION = 1
-TYPES = ("header", "run", "baseline", "epoch", "backend", "probe", "end")
+TYPES = ("header", "run", "skipped", "baseline", "epoch", "backend", "probe", "end")
 
 Record = dict[str, Any]
 
@@ -31,7 +31,7 @@ class Run:
     Attributes:
         epochs: the records of type "epoch" by their number; number 0 is the full read that began the first epoch.
         backends: backend name -> its records by number of the epoch.
-        probes: (t_us, value) of the throughput probe.
+        probes: what the throughput probe said, "begin" and "end" of each epoch; epoch 0 is the baseline.
     """
 
     number: int
@@ -39,7 +39,7 @@ class Run:
     baseline: Record | None = None
     epochs: dict[int, Record] = field(default_factory=dict)
     backends: dict[str, dict[int, Record]] = field(default_factory=dict)
-    probes: list[tuple[int, float]] = field(default_factory=list)
+    probes: dict[tuple[int, str], Record] = field(default_factory=dict)
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Measurement:
 
     header: Record
     runs: list[Run]
+    skipped: list[Record] = field(default_factory=list)
     end: Record | None = None
 
     @property
@@ -135,6 +136,9 @@ def _add(measurement: Measurement, found: Record) -> None:
         return
     if kind not in TYPES or kind == "header":
         return
+    if kind == "skipped":
+        measurement.skipped.append(found)
+        return
     if kind == "run":
         measurement.runs.append(Run(int(found["run"]), found))
         return
@@ -148,4 +152,4 @@ def _add(measurement: Measurement, found: Record) -> None:
     elif kind == "backend":
         run.backends.setdefault(str(found["backend"]), {})[int(found["epoch"])] = found
     elif kind == "probe":
-        run.probes.append((int(found["t_us"]), float(found["value"])))
+        run.probes[int(found["epoch"]), str(found["edge"])] = found

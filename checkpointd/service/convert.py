@@ -70,11 +70,21 @@ def verify_event(event: Event) -> pb.VerifyEvent:
     return pb.VerifyEvent(**_common(event))
 
 
+def measure_event(event: Event) -> pb.MeasureEvent:
+    if event["type"] == "record":
+        return pb.MeasureEvent(record=pb.MeasureRecord(json=event["json"]))
+    if event["type"] == "summary":
+        return pb.MeasureEvent(summary=_known(pb.MeasureSummary(), event["value"]))
+    return pb.MeasureEvent(**_common(event))
+
+
 def watch_event(kind: str, event: Event) -> pb.WatchOperationEvent:
     if kind == "dump":
         return pb.WatchOperationEvent(dump=dump_event(event))
     if kind == "restore":
         return pb.WatchOperationEvent(restore=restore_event(event))
+    if kind == "measure":
+        return pb.WatchOperationEvent(measure=measure_event(event))
     return pb.WatchOperationEvent(verify=verify_event(event))
 
 

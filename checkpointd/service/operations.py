@@ -25,10 +25,12 @@ Event = dict[str, Any]
 
 PROGRESS_INTERVAL_S = 0.1
 KEPT_OPERATIONS = 200
+KEPT_MEASUREMENTS = 4
+"""Their logs hold the whole record, megabytes perhaps; the client has it in its file."""
 
 
 class Operation:
-    """One dump, restore or verify.
+    """One dump, restore, verify or measurement.
 
     Attributes:
         deadline: on time.monotonic(), or None.
@@ -158,8 +160,13 @@ class OperationTable:
         """Run `work` on a thread of its own; what it raises ends the operation."""
         with self._lock:
             ended = [o for o in self._operations.values() if o.state != "running"]
-            for old in ended[: max(0, len(ended) - KEPT_OPERATIONS)]:
-                del self._operations[old.id]
+            measured = [o for o in ended if o.kind == "measure"]
+            surplus = [
+                *ended[: max(0, len(ended) - KEPT_OPERATIONS)],
+                *measured[: max(0, len(measured) - KEPT_MEASUREMENTS)],
+            ]
+            for old in surplus:
+                self._operations.pop(old.id, None)
             self._operations[operation.id] = operation
         threading.Thread(target=self._run, args=(operation, work), name=operation.id, daemon=True).start()
         return operation

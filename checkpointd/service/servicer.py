@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from checkpointd.agent.protocol import CheckArgs, DumpArgs, RestoreArgs, TrackArgs
+from checkpointd.agent.protocol import CheckArgs, DumpArgs, MeasureArgs, RestoreArgs, TrackArgs
 from checkpointd.api.v1 import checkpoint_pb2 as pb
 from checkpointd.api.v1 import checkpoint_pb2_grpc
 from checkpointd.errors import CheckpointError, FrozenTooLong, UsageError
@@ -30,6 +30,9 @@ BACKENDS = ("auto", "uffd-wp", "content", "soft-dirty", "precise-soft-dirty")
 READ_MODES = ("auto", "stopped", "fork")
 TCP = ("refuse", "close")
 EXTERNAL = ("keep", "null", "refuse")
+
+MEASURE_INTERVAL_US = (10_000, 3_600_000_000)
+MEASURE_EPOCHS = 10_000
 
 NO_DEADLINE_S = 365 * 86400
 """gRPC tells a call without a deadline that it has centuries left."""
@@ -212,6 +215,32 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         for event in _follow(operation, context, cancel_on_disconnect=True):
             yield convert.verify_event(event)
 
+    def Measure(self, request: pb.MeasureRequest, context: grpc.ServicerContext) -> Iterator[pb.MeasureEvent]:
+        deadline = _deadline(context)
+        args = MeasureArgs(
+            pid=request.pid,
+            interval_us=request.interval_us or 1_000_000,
+            epochs=request.epochs or 20,
+            backends=list(request.backends),
+            run=request.run - 1,
+            baseline_us=request.baseline_us,
+        )
+        least, most = MEASURE_INTERVAL_US
+        if not least <= args.interval_us <= most or not 0 <= args.baseline_us <= most:
+            raise UsageError("an interval is from 10 ms to one hour long", hint="give e.g. --interval 1s")
+        if not 0 < args.epochs <= MEASURE_EPOCHS:
+            raise UsageError(f"a measurement has 1 to {MEASURE_EPOCHS} epochs", hint="give e.g. --epochs 20")
+
+        def work(operation: Operation) -> None:
+            with self.targets.lease(request.pid, operation.id) as (_, agent):
+                end = self._run(operation, agent, "measure", args.to_dict())
+            operation.publish({"type": "summary", "value": {"pid": request.pid, **end}})
+
+        operation = Operation("measure", pid=request.pid, deadline=deadline)
+        self.operations.start(operation, work)
+        for event in _follow(operation, context, cancel_on_disconnect=request.cancel_on_disconnect):
+            yield convert.measure_event(event)
+
     def WatchOperation(
         self, request: pb.WatchOperationRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.WatchOperationEvent]:
@@ -283,6 +312,8 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         def on_event(message: dict[str, Any]) -> None:
             if message["event"] == "phase":
                 operation.publish({"type": "phase", "phase": str(message["phase"])})
+            elif message["event"] == "record":
+                operation.publish({"type": "record", "json": str(message["json"])})
             elif message["event"] == "progress":
                 operation.publish(
                     {

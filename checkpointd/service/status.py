@@ -39,6 +39,7 @@ _CODES = {
     "UNKNOWN_FORMAT": grpc.StatusCode.DATA_LOSS,
     "NO_SPACE": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "FROZEN_TOO_LONG": grpc.StatusCode.DEADLINE_EXCEEDED,
+    "PAGES_MISSED": grpc.StatusCode.DATA_LOSS,
     "CANCELLED": grpc.StatusCode.CANCELLED,
     "SERVICE_UNREACHABLE": grpc.StatusCode.UNAVAILABLE,
     "VERSION_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,

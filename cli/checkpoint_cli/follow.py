@@ -81,7 +81,7 @@ def follow(session: Session, client: Client, events: Iterable[Event], what: str)
     summary: Event = {}
     with Interruption(client) as interruption:
         try:
-            with _display(session, what) as show:
+            with display(session, what) as show:
                 for event in events:
                     kind = event["message_type"]
                     if kind == "started":
@@ -99,7 +99,8 @@ def follow(session: Session, client: Client, events: Iterable[Event], what: str)
 
 
 @contextlib.contextmanager
-def _display(session: Session, what: str) -> Iterator[Any]:
+def display(session: Session, what: str) -> Iterator[Any]:
+    """A progress bar where there is a terminal; call what it gives with every event."""
     if session.json or session.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield _lines if session.verbose and not session.json else _nothing
         return

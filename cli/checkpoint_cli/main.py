@@ -20,6 +20,7 @@ from checkpointd.version import VERSION
 COMMANDS = (
     *("check", "run", "track", "untrack", "dump", "restore"),
     *("ls", "show", "verify", "rm", "export", "import"),
+    *("measure", "report"),
     *("status", "watch", "cancel", "serve", "completion"),
 )
 
@@ -40,6 +41,7 @@ exit status:
   13  the disk is full
   14  frozen too long, or a deadline passed; the process runs on
   15  cancelled by somebody else
+  16  a measured backend did not report pages that changed
   20  no service answers, or one of another version
  130  interrupted (Ctrl-C); 143 terminated.  Any other code is a failure too.
 """

@@ -53,6 +53,13 @@ class Duration(_ParamType):
 DURATION = Duration()
 
 
+class OptionalDuration(Duration):
+    """A time, or 0 for none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return 0 if str(value).strip() == "0" else super().convert(value, param, ctx)
+
+
 @dataclass(frozen=True)
 class Session:
     """How to reach the service and how to talk to the user."""

@@ -3,7 +3,7 @@
 
 Tags: "" makes an image at once; "wait" says phase "copying" and waits to be cancelled; "deaf" does so and does not
 listen to a cancel; "die" kills itself; "garbage" sends no JSON; "exec" and "blocked" report errors; "malformed"
-sends a message without the fields it needs.
+sends a message without the fields it needs.  A measurement of the backend "wait" waits to be cancelled.
 
 What happens to it goes as lines to the file $FAKE_AGENT_LOG: "start PID", "cancel", "untrack", "shutdown", "eof".
 """
@@ -101,6 +101,22 @@ class FakeAgent:
             raise Unsupported(f"pid {dump.pid} cannot be saved", hint="see the list", blockers=blockers)
         self.channel.send({"id": number, "event": "progress", "done": 5, "total": 5, "unit": "pages"})
         return self.make_image(dump).to_dict()
+
+    def do_measure(self, number: int, args: dict[str, Any]) -> dict[str, Any]:
+        """Sends the record in $FAKE_AGENT_RECORD; after it waits to be cancelled if the first epoch asks for "wait"."""
+        measure = protocol.MeasureArgs.from_dict(args)
+        with open(os.environ["FAKE_AGENT_RECORD"], encoding="utf-8") as file:
+            lines = file.read().splitlines()
+        for line in lines:
+            self.channel.send({"id": number, "event": "record", "json": line})
+        self.channel.send(
+            {"id": number, "event": "progress", "done": 1, "total": measure.epochs, "unit": "epochs"}
+        )
+        if measure.backends == ["wait"]:
+            while self.cancelled.get() != number:
+                pass
+            raise Cancelled("the measurement was cancelled")
+        return {"epochs": measure.epochs, "pages_missed": 0, "reason": "done"}
 
     def make_image(self, dump: protocol.DumpArgs) -> DumpStats:
         import numpy as np

@@ -351,6 +351,56 @@ class RestoreEvent(_message.Message):
     summary: RestoreSummary
     def __init__(self, started: _Optional[_Union[OperationStarted, _Mapping]] = ..., phase: _Optional[_Union[OperationPhase, _Mapping]] = ..., progress: _Optional[_Union[OperationProgress, _Mapping]] = ..., stats: _Optional[_Union[RestoreStats, _Mapping]] = ..., summary: _Optional[_Union[RestoreSummary, _Mapping]] = ...) -> None: ...
 
+class MeasureRequest(_message.Message):
+    __slots__ = ("pid", "interval_us", "epochs", "backends", "run", "baseline_us", "cancel_on_disconnect")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_US_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    BASELINE_US_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_ON_DISCONNECT_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    interval_us: int
+    epochs: int
+    backends: _containers.RepeatedScalarFieldContainer[str]
+    run: int
+    baseline_us: int
+    cancel_on_disconnect: bool
+    def __init__(self, pid: _Optional[int] = ..., interval_us: _Optional[int] = ..., epochs: _Optional[int] = ..., backends: _Optional[_Iterable[str]] = ..., run: _Optional[int] = ..., baseline_us: _Optional[int] = ..., cancel_on_disconnect: bool = ...) -> None: ...
+
+class MeasureRecord(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
+
+class MeasureSummary(_message.Message):
+    __slots__ = ("pid", "epochs", "pages_missed", "reason")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_MISSED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    epochs: int
+    pages_missed: int
+    reason: str
+    def __init__(self, pid: _Optional[int] = ..., epochs: _Optional[int] = ..., pages_missed: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class MeasureEvent(_message.Message):
+    __slots__ = ("started", "phase", "progress", "record", "summary")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    started: OperationStarted
+    phase: OperationPhase
+    progress: OperationProgress
+    record: MeasureRecord
+    summary: MeasureSummary
+    def __init__(self, started: _Optional[_Union[OperationStarted, _Mapping]] = ..., phase: _Optional[_Union[OperationPhase, _Mapping]] = ..., progress: _Optional[_Union[OperationProgress, _Mapping]] = ..., record: _Optional[_Union[MeasureRecord, _Mapping]] = ..., summary: _Optional[_Union[MeasureSummary, _Mapping]] = ...) -> None: ...
+
 class WatchOperationRequest(_message.Message):
     __slots__ = ("operation_id",)
     OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -358,14 +408,16 @@ class WatchOperationRequest(_message.Message):
     def __init__(self, operation_id: _Optional[str] = ...) -> None: ...
 
 class WatchOperationEvent(_message.Message):
-    __slots__ = ("dump", "restore", "verify")
+    __slots__ = ("dump", "restore", "verify", "measure")
     DUMP_FIELD_NUMBER: _ClassVar[int]
     RESTORE_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
+    MEASURE_FIELD_NUMBER: _ClassVar[int]
     dump: DumpEvent
     restore: RestoreEvent
     verify: VerifyEvent
-    def __init__(self, dump: _Optional[_Union[DumpEvent, _Mapping]] = ..., restore: _Optional[_Union[RestoreEvent, _Mapping]] = ..., verify: _Optional[_Union[VerifyEvent, _Mapping]] = ...) -> None: ...
+    measure: MeasureEvent
+    def __init__(self, dump: _Optional[_Union[DumpEvent, _Mapping]] = ..., restore: _Optional[_Union[RestoreEvent, _Mapping]] = ..., verify: _Optional[_Union[VerifyEvent, _Mapping]] = ..., measure: _Optional[_Union[MeasureEvent, _Mapping]] = ...) -> None: ...
 
 class CancelOperationRequest(_message.Message):
     __slots__ = ("operation_id",)

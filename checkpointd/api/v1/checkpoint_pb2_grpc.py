@@ -70,6 +70,11 @@ class CheckpointServiceStub(object):
                 request_serializer=checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.RestoreRequest.SerializeToString,
                 response_deserializer=checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.RestoreEvent.FromString,
                 _registered_method=True)
+        self.Measure = channel.unary_stream(
+                '/checkpointd.api.v1.CheckpointService/Measure',
+                request_serializer=checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.MeasureRequest.SerializeToString,
+                response_deserializer=checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.MeasureEvent.FromString,
+                _registered_method=True)
         self.WatchOperation = channel.unary_stream(
                 '/checkpointd.api.v1.CheckpointService/WatchOperation',
                 request_serializer=checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.WatchOperationRequest.SerializeToString,
@@ -163,6 +168,15 @@ class CheckpointServiceServicer(object):
 
     def Restore(self, request, context):
         """Brings an image back as a running process.  Events as for Dump.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Measure(self, request, context):
+        """Runs dirty trackers on a target and compares what they say with two full reads of it, once an interval.  The
+        target is frozen for a full read each time and runs on; it must not be tracked.
+        Events: started, then records as they are made and progress in epochs, then summary.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -263,6 +277,11 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
                     servicer.Restore,
                     request_deserializer=checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.RestoreRequest.FromString,
                     response_serializer=checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.RestoreEvent.SerializeToString,
+            ),
+            'Measure': grpc.unary_stream_rpc_method_handler(
+                    servicer.Measure,
+                    request_deserializer=checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.MeasureRequest.FromString,
+                    response_serializer=checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.MeasureEvent.SerializeToString,
             ),
             'WatchOperation': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchOperation,
@@ -495,6 +514,33 @@ class CheckpointService(object):
             '/checkpointd.api.v1.CheckpointService/Restore',
             checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.RestoreRequest.SerializeToString,
             checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.RestoreEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Measure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/checkpointd.api.v1.CheckpointService/Measure',
+            checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.MeasureRequest.SerializeToString,
+            checkpointd_dot_api_dot_v1_dot_checkpoint__pb2.MeasureEvent.FromString,
             options,
             channel_credentials,
             insecure,
