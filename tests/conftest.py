@@ -67,7 +67,6 @@ def _stopped_descendants() -> list[str]:
 # and stay in `make test-slow`, so that nobody takes them for passing.
 UNSETTLED = {
     "test_program_goes_on_from_any_generation[go]": "a Go program does not always come back",
-    "test_reading_does_not_unshare_pages_of_relatives": "counts no shared page on a busy machine",
 }
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from checkpointd import features, tracepoint
 from checkpointd.dump.pages import CopyRequest, Heard, PageWorker
-from checkpointd.dump.targets import has_fork_relatives, pinned_runs
+from checkpointd.dump.targets import pinned_runs
 from checkpointd.errors import (
     Busy,
     Cancelled,
@@ -303,7 +303,7 @@ class Dumper:
             whole = _runs_of_range(vma.start, vma.end)
             clean, dirty = subtract_runs(clean, whole), merge_runs(_joined(dirty, whole))
         work.clean = clean
-        work.copies = [CopyRequest(self.pid, PRIVATE_OBJECT, dirty, through_mem=has_fork_relatives(self.pid))]
+        work.copies = [CopyRequest(self.pid, PRIVATE_OBJECT, dirty, through_mem=False)]
         stats.pages_scanned = nr_pages_in(clean) + nr_pages_in(dirty)
         for source in captured.sources:
             fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -17,6 +17,7 @@ The agent going away is end of file: an image not committed is aborted and the w
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from checkpointd.dump.targets import mapped_by_nobody_else
 from checkpointd.errors import Cancelled, CheckpointError, TargetGone
 from checkpointd.image.builder import ImageBuilder
 from checkpointd.image.reader import Image
@@ -65,7 +67,8 @@ class CopyRequest:
         pid: the frozen target, or its forked copy.
         obj: the image's object they belong to.
         runs: page numbers there.
-        through_mem: read by /proc/PID/mem (does not un-share pages of forked relatives, reads PROT_NONE).
+        through_mem: read everything by /proc/PID/mem.  Else only what others may map too (it does not un-share
+            pages of forked relatives) and what process_vm_readv(2) cannot read (PROT_NONE).
         source: file to read a shared object from; "" reads the address space.
     """
 
@@ -348,12 +351,32 @@ def _read(request: CopyRequest, runs: Runs, buffer: Buffer, offset: int) -> None
         elif request.through_mem:
             _read_file(f"/proc/{request.pid}/mem", runs, into)
         else:
-            nr = process_vm.read_runs(request.pid, runs << np.uint64(PAGE_SHIFT), into)
-            if nr != size:
-                # a page that only FOLL_FORCE reads (PROT_NONE): the slower door knows it
-                _read_file(f"/proc/{request.pid}/mem", runs, into)
+            _read_target(request.pid, runs, into)
     except ProcessLookupError as error:
         raise TargetGone(f"process {request.pid} ended while its memory was read", pid=request.pid) from error
+
+
+def _read_target(pid: int, runs: Runs, into: Buffer) -> None:
+    alone = mapped_by_nobody_else(pid, runs)
+    edges = [0, *(np.flatnonzero(np.diff(alone)) + 1).tolist(), len(runs)]
+    at = 0
+    for first, last in itertools.pairwise(edges):
+        part = runs[first:last]
+        size = nr_pages_in(part) * PAGE_SIZE
+        room = into[at : at + size]
+        if not (alone[first] and _read_quickly(pid, part, room)):
+            _read_file(f"/proc/{pid}/mem", part, room)
+        at += size
+
+
+def _read_quickly(pid: int, runs: Runs, into: Buffer) -> bool:
+    """By process_vm_readv(2); False where it may not: pages that only FOLL_FORCE reads (PROT_NONE)."""
+    try:
+        return process_vm.read_runs(pid, runs << np.uint64(PAGE_SHIFT), into) == len(into)
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            return False
+        raise
 
 
 def _read_file(path: str, runs: Runs, into: Buffer) -> None:

@@ -3,30 +3,57 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from checkpointd.memory import NO_RUNS, Runs, Vma, VmaKind, merge_runs
 from checkpointd.procfs import process
 
+BoolArray = npt.NDArray[np.bool_]
 
-def has_fork_relatives(pid: int) -> bool:
-    """May the target share copy-on-write pages with a parent or child?
+_ALONE = np.uint64(1 << 63 | 1 << 56)  # present, mapped once
+_ALONE_MASK = _ALONE | np.uint64(1 << 62 | 1 << 61)  # not swapped, not a file's
+_NEAR_PAGES = 512
 
-    process_vm_readv(2) would un-share them (it pins); /proc/PID/mem does not.  Relatives are a live child, or a
-    parent that runs the same program.  A sibling whose parent is gone is not seen: that costs memory only.
+
+def mapped_by_nobody_else(pid: int, runs: Runs) -> BoolArray:
+    """For each run of a frozen process: is every page in memory and mapped by this process alone?
+
+    Such a page can be read by process_vm_readv(2), the faster way: it pins, and a page pinned that another process
+    maps too is copied first (it is un-shared for good: memory the target and its relatives did not use before).  Who
+    the relatives are cannot be told from the tree of processes (a sibling whose parent has ended, a copy that has moved
+    elsewhere); the kernel's count of mappings can.  Nobody begins to share a page meanwhile: that takes a fork of the
+    process itself, which stands still.
+
+    Measured on 6.18: 7 ns a page looked at, against 0.3 us for reading one quickly and 1.5 us and more the other way.
+
+    Source: Documentation/admin-guide/mm/pagemap.rst (bit 56), Linux mm/gup.c (gup_must_unshare).
     """
-    with contextlib.suppress(OSError):
-        for tid in process.thread_ids(pid):
-            with open(f"/proc/{pid}/task/{tid}/children", "rb") as file:
-                if file.read(1):
-                    return True
-        parent = process.read_stat(pid).ppid
-        return os.readlink(f"/proc/{pid}/exe") == os.readlink(f"/proc/{parent}/exe")
-    return False
+    alone = np.zeros(len(runs), dtype=bool)
+    if len(runs) == 0:
+        return alone
+    starts = runs[:, 0].astype(np.int64)
+    ends = starts + runs[:, 1].astype(np.int64)
+    # clusters of runs near each other: one read of the pagemap for each
+    edges = np.flatnonzero(starts[1:] - ends[:-1] > _NEAR_PAGES) + 1
+    first_runs = np.concatenate(([0], edges))
+    last_runs = np.concatenate((edges, [len(runs)]))
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for first, last in zip(first_runs.tolist(), last_runs.tolist(), strict=True):
+            base, end = int(starts[first]), int(ends[last - 1])
+            words = np.frombuffer(os.pread(pagemap, (end - base) * 8, base * 8), dtype=np.uint64)
+            if len(words) != end - base:
+                continue  # it is exiting: the read will tell
+            shared = (words & _ALONE_MASK) != _ALONE
+            before = np.concatenate(([0], np.cumsum(shared)))
+            alone[first:last] = before[ends[first:last] - base] == before[starts[first:last] - base]
+    finally:
+        os.close(pagemap)
+    return alone
 
 
 def pinned_runs(pid: int, vmas: Sequence[Vma]) -> Runs:

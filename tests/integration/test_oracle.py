@@ -219,16 +219,7 @@ def test_new_program_between_two_dumps_is_not_mistaken_for_the_old(
         engine.close()
 
 
-@pytest.mark.parametrize(
-    "read_mode",
-    [
-        pytest.param(
-            "stopped",
-            marks=pytest.mark.xfail(reason="a sibling whose parent is gone is not noticed", strict=True),
-        ),
-        "fork",
-    ],
-)
+@pytest.mark.parametrize("read_mode", ["stopped", "fork"])
 def test_reading_does_not_unshare_pages_of_relatives(target: OracleTarget, read_mode: str) -> None:
     """The frames a relative shares with the target are the same ones afterwards."""
     engine = _engine("content", read_mode)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pages of a process nobody else maps, asked of real processes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from checkpointd.dump.targets import mapped_by_nobody_else
+from checkpointd.memory import PAGE_SIZE
+
+NR_PAGES = 3000
+
+
+def _address(area: mmap.mmap) -> int:
+    return int(np.frombuffer(area, dtype=np.uint8).ctypes.data) // PAGE_SIZE
+
+
+@pytest.fixture
+def family():
+    """The first page of a parent (we) that rewrote every third page after the fork: those alone are its own."""
+    area = mmap.mmap(-1, NR_PAGES * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    area.madvise(mmap.MADV_NOHUGEPAGE)
+    view = np.frombuffer(area, dtype=np.uint8)
+    view[::PAGE_SIZE] = 1
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    view[:: 3 * PAGE_SIZE] = 2
+    yield _address(area)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_every_run_is_told_apart(family):
+    runs = np.array([[family + n, 1] for n in range(NR_PAGES)], dtype=np.uint64)
+    assert mapped_by_nobody_else(os.getpid(), runs).tolist() == [n % 3 == 0 for n in range(NR_PAGES)]
+
+
+def test_runs_far_apart_and_runs_that_are_partly_shared(family):
+    runs = np.array([[family, 1], [family + 3, 2], [family + 2400, 1], [family + 2998, 2]], dtype=np.uint64)
+    assert mapped_by_nobody_else(os.getpid(), runs).tolist() == [True, False, True, False]
+
+
+def test_all_is_ones_own_again_when_the_relative_is_gone():
+    area = mmap.mmap(-1, 10 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    view = np.frombuffer(area, dtype=np.uint8)
+    view[::PAGE_SIZE] = 1
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert mapped_by_nobody_else(os.getpid(), np.array([[_address(area), 10]], dtype=np.uint64)).tolist() == [
+        True
+    ]
+
+
+def test_what_is_not_there_or_a_files_or_shared_memory_is_not_ones_own():
+    hole = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    shared = mmap.mmap(-1, PAGE_SIZE)
+    shared[0] = 1
+    with open("/proc/self/exe", "rb") as file:
+        text = mmap.mmap(file.fileno(), PAGE_SIZE, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
+    assert text[0] == 0x7F
+    pages = sorted(_address(area) for area in (hole, shared, text))
+    runs = np.array([[page, 1] for page in pages], dtype=np.uint64)
+    assert mapped_by_nobody_else(os.getpid(), runs).tolist() == [False] * 3
+    assert mapped_by_nobody_else(os.getpid(), runs[:0]).tolist() == []
