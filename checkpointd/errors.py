@@ -39,17 +39,18 @@ class CheckpointError(Exception):
 
     Args:
         message: one sentence without a trailing newline.
-        hint: what to do next; empty when there is nothing to do.
+        hint: what to do next; without one that of the class, empty when there is nothing to do.
         **details: facts (pid, path, ...) as str or int, for programs.
     """
 
     reason: ClassVar[str] = "FAILED"
     exit_code: ClassVar[int] = 1
+    usual_hint: ClassVar[str] = ""
 
     def __init__(self, message: str, *, hint: str = "", **details: Any) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
         self.details: dict[str, Any] = details
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,20 +80,24 @@ class UsageError(CheckpointError):
 class TargetGone(CheckpointError):
     reason = "TARGET_GONE"
     exit_code = 4
+    usual_hint = "look up which processes there are with `ps`"
 
 
 class TargetExeced(TargetGone):
     reason = "TARGET_EXECED"
+    usual_hint = "it is another program now: dump it again"
 
 
 class NotPermitted(CheckpointError):
     reason = "NOT_PERMITTED"
     exit_code = 5
+    usual_hint = "run the service as that user or as root; `checkpoint check` lists what this one may"
 
 
 class KernelLacks(CheckpointError):
     reason = "KERNEL_LACKS"
     exit_code = 6
+    usual_hint = "`checkpoint check` lists what this kernel can do"
 
 
 class Unsupported(CheckpointError):
@@ -103,11 +108,13 @@ class Unsupported(CheckpointError):
 
     reason = "UNSUPPORTED"
     exit_code = 7
+    usual_hint = "`checkpoint check -p PID` lists every reason"
 
 
 class RestoreConflict(CheckpointError):
     reason = "RESTORE_CONFLICT"
     exit_code = 8
+    usual_hint = "put it back as it was at the dump, then restore again"
 
 
 class ImageNotFound(CheckpointError):
@@ -128,15 +135,34 @@ class Busy(CheckpointError):
 class ImageDamaged(CheckpointError):
     reason = "IMAGE_DAMAGED"
     exit_code = 12
+    usual_hint = (
+        "nothing was restored of it; `checkpoint verify` tells which images are whole: use another generation, or a "
+        "copy of the store"
+    )
+
+    def of_image(self, what: str) -> ImageDamaged:
+        """This error with the image it was met in, e.g. "image 3f2a", at the head of its sentence."""
+        self.message = f"{what} is damaged: {self.message}"
+        self.args = (self.message,)
+        return self
 
 
 class UnknownFormat(ImageDamaged):
     reason = "UNKNOWN_FORMAT"
+    usual_hint = (
+        "read it with the version of checkpointd that wrote it (`checkpoint export` there gives one file)"
+    )
+
+    def of_image(self, what: str) -> ImageDamaged:
+        self.message = f"{what} cannot be read: {self.message}"
+        self.args = (self.message,)
+        return self
 
 
 class NoSpace(CheckpointError):
     reason = "NO_SPACE"
     exit_code = 13
+    usual_hint = "free some space (`checkpoint rm`), then try again"
 
 
 class FrozenTooLong(CheckpointError):

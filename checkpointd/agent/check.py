@@ -74,10 +74,16 @@ def refuse_impossible(pid: int) -> None:
         )
     if stat.flags & process.PF_KTHREAD:
         raise Unsupported(
-            f"process {pid} ({stat.comm}) is a kernel thread: it has no memory to save", pid=pid
+            f"process {pid} ({stat.comm}) is a kernel thread: it has no memory to save",
+            hint="give the pid of a program; kernel threads are the children of process 2 (kthreadd)",
+            pid=pid,
         )
     if stat.state in "ZX":
-        raise TargetGone(f"process {pid} ({stat.comm}) has exited and waits for its parent", pid=pid)
+        raise TargetGone(
+            f"process {pid} ({stat.comm}) has exited and waits for its parent, process {stat.ppid}",
+            hint="nothing of it can be saved any more; start it anew or restore an earlier image",
+            pid=pid,
+        )
     tracer = int(status.get("TracerPid", "0"))
     if tracer:
         name = "?"
@@ -102,7 +108,9 @@ def refuse_impossible(pid: int) -> None:
         raise
     if elf_class == 1:
         raise Unsupported(
-            f"process {pid} ({stat.comm}) runs a 32-bit program, which is not supported", pid=pid
+            f"process {pid} ({stat.comm}) runs a 32-bit program, which is not supported",
+            hint="only 64-bit programs can be saved: run a 64-bit build of it",
+            pid=pid,
         )
 
 

@@ -33,8 +33,12 @@ def restore(args: RestoreArgs, report: Report) -> tuple[RestoreStats, Dumper | N
         what `restore_process` raises; no process is left behind then.
     """
     started_ns = time.monotonic_ns()
-    image = Store.open(args.store).load(args.image)
-    state = _state_of(image)
+    store = Store.open(args.store)
+    try:
+        image = store.load(args.image)
+        state = _state_of(image)
+    except ImageDamaged as error:
+        raise error.of_image(f"image {args.image[:16]}") from None
     dumper: Dumper | None = None
     tracking = ""
     warnings: list[str] = []
@@ -60,7 +64,9 @@ def restore(args: RestoreArgs, report: Report) -> tuple[RestoreStats, Dumper | N
     )
     try:
         done = restore_process(image, state, new_pid=args.new_pid, options=options, progress=report)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, ImageDamaged):
+            error.of_image(f"image {image.id[:16]}")
         if dumper is not None:
             with contextlib.suppress(CheckpointError, OSError):
                 dumper.close()

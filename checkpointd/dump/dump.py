@@ -30,6 +30,8 @@ from checkpointd.errors import (
     Cancelled,
     CheckpointError,
     FrozenTooLong,
+    ImageDamaged,
+    ImageNotFound,
     TargetExeced,
     TargetGone,
     Unsupported,
@@ -165,12 +167,7 @@ class Dumper:
         work = _Work(DumpStats(pid=self.pid, parent_id=parent, incremental=bool(parent)))
         if why_full:
             work.stats.warnings.append(why_full)
-        self._worker.begin(
-            store=options.store,
-            parent=parent,
-            compress=options.compress,
-            expected_pages=self._expected_pages(options),
-        )
+        self._begin(options, parent)
         copy = None
         try:
             work.process_draft = prepare_process(self.pid)
@@ -209,6 +206,22 @@ class Dumper:
                 self._reap(copy)
         work.stats.total_time = (time.monotonic_ns() - work.started_ns) // 1000
         return work.stats
+
+    def _begin(self, options: DumpOptions, parent: str) -> None:
+        what = f"the parent image {parent[:16]} of process {self.pid}"
+        hint = "dump in full (without --incremental), or name a parent that is there with --parent"
+        try:
+            self._worker.begin(
+                store=options.store,
+                parent=parent,
+                compress=options.compress,
+                expected_pages=self._expected_pages(options),
+            )
+        except ImageNotFound as error:
+            raise ImageNotFound(f"{what} is not in {options.store}", hint=hint, pid=self.pid) from error
+        except ImageDamaged as error:
+            error.hint = hint
+            raise error.of_image(what) from error
 
     # -- what happens while the target stands still
 

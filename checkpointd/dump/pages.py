@@ -303,10 +303,13 @@ class _Server:
                 if self._connection.poll():  # nothing but "stop" comes now
                     self._connection.recv()
                     raise Cancelled("the agent stopped it")
-        finally:
+        except Exception as first:
             for future in futures:
                 future.cancel()
             wait(futures)  # what still runs writes into the buffer
+            # one that met a builder another one had broken may come first: the cause is what the user needs
+            found = [f.exception() for f in futures if not f.cancelled()]
+            raise next((e for e in found if isinstance(e, CheckpointError)), first) from None
 
 
 def _pages_of_job(job: tuple[Any, ...]) -> int:

@@ -36,9 +36,8 @@ def as_checkpoint_error(error: OSError, path: str) -> CheckpointError:
     """The error class for an errno of file I/O."""
     text = os.strerror(error.errno or 0)
     if error.errno in _FULL:
-        return NoSpace(
-            f"{path}: {text}", hint="free some space (`checkpoint rm`), then dump again", path=path
-        )
+        why = "" if error.errno == errno.ENOSPC else f" ({text})"
+        return NoSpace(f"no space left for {path}{why}", path=path)
     if error.errno in _REFUSED:
         return NotPermitted(f"{path}: {text}", path=path)
     if error.errno == errno.EIO:

@@ -44,7 +44,9 @@ class VerifyReport:
         """
         if self.problems:
             more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-            raise ImageDamaged(self.problems[0] + more, problems=self.problems)
+            raise ImageDamaged(self.problems[0] + more, problems=self.problems).of_image(
+                f"image {self.image_id[:16]}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "ok": self.ok}

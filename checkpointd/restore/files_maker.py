@@ -166,7 +166,7 @@ def open_again(path: str, flags: int, *, what: str, block: bool = True) -> int:
     except OSError as error:
         raise RestoreConflict(
             f"{what} cannot be opened: {error.strerror}",
-            hint="Bring the file back where it was, or restore with another --root.",
+            hint="bring the file back where it was, readable for this user, then restore again",
             path=path,
         ) from error
     return fd

@@ -121,7 +121,9 @@ def holder_of(pid: int) -> str:
         tgid = int(process.read_status(pid)["Tgid"])
         if process.read_stat(tgid).state in "ZX":
             return f" by process {tgid} ({process.comm(tgid)}), dead but not yet reaped by its parent"
-        words = " ".join(process.cmdline(tgid))[:60] or process.comm(tgid)
+        # a command line may hold anything, line ends and escapes too
+        line = " ".join(" ".join(process.cmdline(tgid)).split())
+        words = "".join(filter(str.isprintable, line))[:60] or process.comm(tgid)
         return f" by process {tgid} ({words})" if tgid == pid else f" by a thread of process {tgid} ({words})"
     except (OSError, KeyError, ValueError):
         return " as a process group or session"

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from multiprocessing.connection import Connection
+
 import numpy as np
 import pytest
 
-from checkpointd.dump.pages import CopyRequest, PageWorker
-from checkpointd.errors import Cancelled
+from checkpointd.dump.pages import CopyRequest, PageWorker, _Server
+from checkpointd.errors import Cancelled, NoSpace
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE
 
@@ -67,3 +71,20 @@ def test_what_the_listener_raises_stops_the_work_and_leaves_nothing_of_it(worker
     pages = image.pages(OBJECT)
     assert len(pages) == NR_PAGES
     assert np.array_equal(image.read(OBJECT, pages).reshape(-1), content)
+
+
+def test_of_two_failures_the_cause_is_told():
+    """A thread that meets a builder another one has just broken may be the first to fail."""
+    broken = threading.Event()
+
+    def work(job):
+        if job[0] == "disk":
+            broken.wait(30)
+            raise NoSpace("no space left")
+        broken.set()
+        raise ValueError("the image cannot be finished: an earlier step failed")
+
+    ours, theirs = socket.socketpair()
+    server = _Server(Connection(ours.detach()))
+    with theirs, pytest.raises(NoSpace):
+        server._each(work, [("disk",), ("later",)], lambda job: 1)
