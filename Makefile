@@ -5,7 +5,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check lint format types imports drift proto man bench soak kernel vm check-vm clean
+.PHONY: help setup demo test test-slow check lint format types imports drift proto man bench soak setup-lab kernel vm check-vm clean
 
 KERNEL ?= 6.12-precise
 CMD    ?= uname -r
@@ -67,10 +67,13 @@ soak: $(STAMP) ## kill agents and services 10,000 times (long; goes on where it 
 
 KERNELS = 6.12-stock 6.12-precise 6.1-stock 6.1-precise
 
-kernel: $(STAMP) ## build the stock and the patched kernels (cached; 5 minutes each)
+setup-lab: ## install what the kernel lab needs (kernel sources, QEMU, ...)
+	@tools/setup-lab
+
+kernel: $(STAMP) setup-lab ## build the stock and the patched kernels (cached; 5 minutes each)
 	$(VMTEST) build $(KERNELS)
 
-vm: $(STAMP) ## run CMD in a kernel of ours: make vm KERNEL=6.12-precise CMD="uname -r"
+vm: $(STAMP) setup-lab ## run CMD in a kernel of ours: make vm KERNEL=6.12-precise CMD="uname -r"
 	$(VMTEST) run $(KERNEL) --timeout 600 -- sh -c '$(CMD)'
 
 check-vm: kernel ## the tests that need these kernels

@@ -20,7 +20,9 @@ from typing import Any
 PAGE = 4096
 PROT_NONE, PROT_READ, PROT_RW = 0, 1, 3
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x02, 0x10, 0x20, 0x4000
-SYS_MMAP, SYS_MPROTECT, SYS_MUNMAP, SYS_USERFAULTFD = 9, 10, 11, 323
+SYS_MMAP, SYS_MPROTECT, SYS_MREMAP, SYS_MADVISE, SYS_USERFAULTFD = 9, 10, 25, 28, 323
+MREMAP_MAYMOVE_FIXED, MADV_NOHUGEPAGE = 3, 15
+TABLE = 1 << 21
 PM_SOFT_DIRTY = 1 << 55
 # struct uffdio_api { u64 api, features, ioctls; }; struct uffdio_register { u64 start, len, mode, ioctls; }
 UFFD_API, UFFDIO_API, UFFDIO_REGISTER = 0xAA, 0xC018AA3F, 0xC020AA00
@@ -169,15 +171,38 @@ def keeps_writes() -> Finding:
     return {"works": False, "why": f"merging mappings makes written pages read clean (seen {seen})"}
 
 
+def marks_moves() -> Finding:
+    """Move a whole page table of clean pages, with precise tracking on where there is any."""
+    precise = switch.query() is not None
+    if precise:
+        switch.turn_on()
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+    reserved: int = switch.raw_syscall(SYS_MMAP, 0, 5 * TABLE, PROT_NONE, flags, (1 << 64) - 1, 0)
+    source = -(-reserved // TABLE) * TABLE
+    target = source + 2 * TABLE
+    _map(source, TABLE // PAGE)
+    switch.raw_syscall(SYS_MADVISE, source, TABLE, MADV_NOHUGEPAGE)
+    _write(source, 4)
+    _clear()
+    switch.raw_syscall(SYS_MREMAP, source, TABLE, TABLE, MREMAP_MAYMOVE_FIXED, target)
+    seen = _dirty(target, 4)
+    if precise:
+        switch.turn_off()
+    if seen == "DDDD":
+        return {"works": True, "why": "pages that mremap moves read dirty"}
+    return {"works": False, "why": f"mremap moves page tables, and their pages read clean (seen {seen})"}
+
+
 def main() -> None:
     no = {"works": False, "why": "this kernel has no soft-dirty tracking"}
     if switch.query():
         # inherited, or the system's default: it would make everything else look better than it is
         switch.turn_off()
-    report = {"soft_dirty": soft_dirty(), "switch": no, "barrier": no, "keeps_writes": no}
+    report = {"soft_dirty": soft_dirty(), "switch": no, "barrier": no, "keeps_writes": no, "marks_moves": no}
     if report["soft_dirty"]["works"]:
         # the switch decides for good what a child process starts with, so it comes last
         report |= {"keeps_writes": keeps_writes(), "barrier": barrier_works(), "switch": switch_works()}
+        report["marks_moves"] = marks_moves()
     print(json.dumps(report))
 
 

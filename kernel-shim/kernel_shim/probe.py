@@ -6,13 +6,15 @@ distributions backport: only a page that is written, cleared, looked at, written
 the truth. The attempts are made in a process of their own (``_probe_child``), because clearing would spoil
 somebody's tracking and the switch would stay.
 
-Four questions are answered:
+Five questions are answered:
 
 * does soft-dirty work at all;
 * is there the switch of the patched kernel, and does it keep a clean mapping clean;
 * can a userfaultfd serve as merge barrier, and does it;
 * does an ordinary merge lose writes (Linux kernel commit 6707915e030a ("mm: propagate VM_SOFTDIRTY on merge")
-  (in v6.19) ends that); if so, plain soft-dirty tracking is not safe and must not be used alone.
+  (in v6.19) ends that); if so, plain soft-dirty tracking is not safe and must not be used alone;
+* do pages read dirty where mremap put them, also when it moves whole page tables (asked with the switch on where
+  there is one: the patch sees to it).
 """
 
 from __future__ import annotations
@@ -56,12 +58,14 @@ class ProbeResult:
         switch: the prctl exists and a mapping made next to a clean one leaves it clean.
         barrier: a userfaultfd can be had, and a mapping made next to a registered one leaves it clean.
         keeps_writes: an mprotect merge does not make written pages read clean (without switch or barrier).
+        marks_moves: moved page tables read dirty (with the switch on where there is one).
     """
 
     soft_dirty: Finding
     switch: Finding
     barrier: Finding
     keeps_writes: Finding
+    marks_moves: Finding
 
     @property
     def precision(self) -> Precision:
@@ -106,9 +110,10 @@ def parse(report: str) -> ProbeResult:
         raise ValueError(f"not a probe report: {report[:200]!r}") from error
 
 
-def _nothing(why: str) -> ProbeResult:
+def nothing(why: str) -> ProbeResult:
+    """The result of a kernel that can do none of it."""
     finding = Finding(False, why)
-    return ProbeResult(finding, finding, finding, finding)
+    return ProbeResult(*[finding] * 5)
 
 
 def probe_now(timeout_seconds: float = TIMEOUT_SECONDS) -> ProbeResult:
@@ -127,14 +132,14 @@ def probe_now(timeout_seconds: float = TIMEOUT_SECONDS) -> ProbeResult:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return _nothing(f"the probe did not end within {timeout_seconds:.0f} s")
+        return nothing(f"the probe did not end within {timeout_seconds:.0f} s")
     except OSError as error:
-        return _nothing(f"the probe could not be started: {error}")
+        return nothing(f"the probe could not be started: {error}")
     try:
         return parse(done.stdout)
     except ValueError:
         complaint = done.stderr.strip().splitlines()
-        return _nothing(
+        return nothing(
             f"the probe ended with {done.returncode}: {complaint[-1] if complaint else 'no report'}"
         )
 

@@ -212,6 +212,30 @@ static void ksm(void)
 	put("/sys/kernel/mm/ksm/run", "2");
 }
 
+/* as above, and nothing tells afterwards that the memory was ever mergeable */
+static void ksm_unmerged(void)
+{
+	char *a = mmap(NULL, 64 * PAGE, RW, ANON, -1, 0);
+	int i, lost = 0;
+
+	for (i = 0; i < 64; i++)
+		memset(a + i * PAGE, i + 1, PAGE);
+	clear();
+	for (i = 0; i < 32; i++)
+		memset(a + i * PAGE, 0xee, PAGE);
+	if (madvise(a, 64 * PAGE, MADV_MERGEABLE) || !put("/sys/kernel/mm/ksm/pages_to_scan", "5000") ||
+	    !put("/sys/kernel/mm/ksm/sleep_millisecs", "5") || !put("/sys/kernel/mm/ksm/run", "1"))
+		cannot("KSM");
+	for (i = 0; i < 600 && get("/sys/kernel/mm/ksm/pages_sharing") < 28; i++)
+		usleep(50000);
+	printf("sharing %d\n", get("/sys/kernel/mm/ksm/pages_sharing") >= 28);
+	madvise(a, 64 * PAGE, MADV_UNMERGEABLE);
+	put("/sys/kernel/mm/ksm/run", "2");
+	for (i = 0; i < 32; i++)
+		lost += !dirty(a + i * PAGE);
+	printf("lost %d\n", lost);
+}
+
 static void hugetlb(void)
 {
 	char *a;
@@ -400,6 +424,30 @@ static void moved(void)
 	show("moved", to, 4);
 }
 
+/* page tables are moved whole where 2 MiB fit, and then their entries are not marked */
+static void moved_table(void)
+{
+	const unsigned long table = 512 * PAGE;
+	char *p = mmap(NULL, 8 * table, PROT_NONE, ANON | MAP_NORESERVE, -1, 0);
+	char *a = (char *)(((uintptr_t)p + table - 1) & ~(table - 1)), *to = a + 3 * table;
+	int lost = 0;
+
+	map(a, 1024);
+	map(to, 1024);
+	madvise(a, 2 * table, MADV_NOHUGEPAGE);
+	madvise(to, 2 * table, MADV_NOHUGEPAGE);
+	for (int i = 0; i < 1024; i++) {
+		a[i * PAGE] = 1;
+		to[i * PAGE] = 2;
+	}
+	clear();
+	if (mremap(a, 2 * table, 2 * table, MREMAP_MAYMOVE | MREMAP_FIXED, to) != to)
+		fail("mremap");
+	for (int i = 0; i < 1024; i++)
+		lost += to[i * PAGE] == 1 && !dirty(to + i * PAGE);
+	printf("lost %d\n", lost);
+}
+
 static void forked(void)
 {
 	char *a = area();
@@ -446,6 +494,7 @@ static const struct {
 	{ "hugetlb", hugetlb }, { "thp", thp }, { "growth", growth }, { "inherit", inherit },
 	{ "max_map_count", max_map_count }, { "default_for_all", default_for_all }, { "seam", seam },
 	{ "barrier", barrier }, { "discard", discard }, { "moved", moved }, { "forked", forked },
+	{ "moved_table", moved_table }, { "ksm_unmerged", ksm_unmerged },
 	{ "untracked", untracked }, { "arguments", arguments },
 };
 

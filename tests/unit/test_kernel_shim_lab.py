@@ -68,7 +68,7 @@ def test_options_dropped_by_kconfig_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", SERIES, ids=lambda path: f"{path.parent.name}/{path.name[:4]}")
 def test_patches_are_signed_numbered_and_free_of_this_machine(path: Path) -> None:
     text = path.read_text()
-    assert re.search(r"^Subject: \[PATCH \d/\d\] \S", text, re.MULTILINE)
+    assert re.search(r"^Subject: \[PATCH \d+/\d+\] \S", text, re.MULTILINE)
     assert re.search(r"^From: checkpointd maintainers <", text, re.MULTILINE)
     assert not re.search(r"/work/|/root/|/tmp/klab", text)
     if not path.name.startswith("0000"):

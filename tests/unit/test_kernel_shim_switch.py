@@ -15,7 +15,9 @@ NO = {"works": False, "why": "not here"}
 
 
 def report(**answers: dict[str, object]) -> str:
-    return json.dumps({"soft_dirty": ANSWER, "switch": NO, "barrier": NO, "keeps_writes": NO} | answers)
+    return json.dumps(
+        {"soft_dirty": ANSWER, "switch": NO, "barrier": NO, "keeps_writes": NO, "marks_moves": NO} | answers
+    )
 
 
 def test_calls_for_another_process_are_the_prctl_of_the_patch() -> None:
