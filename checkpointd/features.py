@@ -14,11 +14,14 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+from kernel_shim import probe as shim
 
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.linux import userfaultfd as uffd
 from checkpointd.linux._libc import syscall
 from checkpointd.memory import PAGE_SIZE
+
+_NO_SOFT_DIRTY = shim.nothing("this kernel has no soft-dirty tracking")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Features:
             at all pages tells what vanished.
         soft_dirty: bit 55 of pagemap goes and comes back with writes.
         notes: why something is missing, one line each.
+        soft_dirty_kinds: how exact soft-dirty can be made here (patched, emulated, neither), and what loses writes.
     """
 
     pagemap_scan: bool
@@ -42,6 +46,7 @@ class Features:
     holes_are_written: bool
     soft_dirty: bool
     notes: tuple[str, ...]
+    soft_dirty_kinds: shim.ProbeResult = _NO_SOFT_DIRTY
 
 
 @functools.cache
@@ -65,9 +70,10 @@ def probe() -> Features:
         wp_async, holes = (False, False)
         if has_scan:
             wp_async, holes = _probe_wp_async(area, address, pagemap, notes)
-        return Features(
-            has_scan, has_guard, wp_async, holes, _probe_soft_dirty(area, address, pagemap), tuple(notes)
-        )
+        soft_dirty = _probe_soft_dirty(area, address, pagemap)
+        # another process finds out the rest, which takes a while: only where there is something to find
+        kinds = shim.probe() if soft_dirty else _NO_SOFT_DIRTY
+        return Features(has_scan, has_guard, wp_async, holes, soft_dirty, tuple(notes), kinds)
     finally:
         os.close(pagemap)
 

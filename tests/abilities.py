@@ -155,6 +155,18 @@ def _soft_dirty() -> bool:
         return bit(0) == 1 and bit(1) == 0
 
 
+def _merge_barrier() -> bool:
+    """A userfaultfd that can be registered for write protection."""
+    area, at = _area()
+    fd = _syscall(323, os.O_CLOEXEC | os.O_NONBLOCK | 1)
+    try:
+        fcntl.ioctl(fd, 0xC018AA3F, bytearray(struct.pack("3Q", 0xAA, 0, 0)))  # UFFDIO_API
+        fcntl.ioctl(fd, 0xC020AA00, bytearray(struct.pack("4Q", at, 2 * PAGE, 2, 0)))  # REGISTER
+        return len(area) > 0
+    finally:
+        os.close(fd)
+
+
 def _precise() -> bool:
     return _syscall(157, 0x50534455, 0, 0, 0, 0) >= 0  # PR_GET_PRECISE_SOFTDIRTY
 
@@ -205,7 +217,9 @@ ABILITIES: dict[str, Callable[[], bool]] = {
     "uffd_wp": _uffd_wp,
     "pagemap_scan": _pagemap_scan,
     "soft_dirty": _soft_dirty,
+    "merge_barrier": _merge_barrier,
     "precise": _precise,
+    "ksm": lambda: Path("/sys/kernel/mm/ksm/run").exists(),
     "set_tid": _set_tid,
     "io_uring": _io_uring,
     "hugetlb": _hugetlb,

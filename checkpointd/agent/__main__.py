@@ -164,7 +164,7 @@ class Agent:
         self._requests.put(None)
 
     def _track(self, args: TrackArgs) -> dict[str, Any]:
-        choice = self._target(args.pid).track(args.backend)
+        choice = self._target(args.pid).track(args.backend, precise=args.precise)
         return TrackResult(args.pid, choice.backend, choice.reason).to_dict()
 
     def _dump(self, number: int, args: DumpArgs) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 
+from kernel_shim.probe import Precision
+
 from checkpointd import features
 from checkpointd.agent.protocol import CheckItem, CheckResult
 from checkpointd.errors import (
@@ -166,10 +168,10 @@ def _kernel_items() -> Iterator[CheckItem]:
     notes = "; ".join(found.notes)
     yield CheckItem(
         "PAGEMAP_SCAN",
-        "required",
+        "optional",
         found.pagemap_scan,
         "lists which pages hold data" if found.pagemap_scan else f"missing: {notes}",
-        "" if found.pagemap_scan else "Linux 6.7 or newer is needed for dumps",
+        "" if found.pagemap_scan else "pagemap is read word by word instead (slower, Linux before 6.7)",
     )
     yield CheckItem(
         "userfaultfd write-protect",
@@ -178,14 +180,20 @@ def _kernel_items() -> Iterator[CheckItem]:
         "exact dirty tracking" if found.uffd_wp_async else f"missing: {notes}",
         "" if found.uffd_wp_async else "incremental dumps compare content instead (slower to read, as small)",
     )
+    kinds = found.soft_dirty_kinds
+    yield CheckItem("soft-dirty", "optional", found.soft_dirty, kinds.soft_dirty.why)
+    exact = kinds.precision is not Precision.NEITHER
     yield CheckItem(
-        "soft-dirty",
+        "precise soft-dirty",
         "optional",
-        found.soft_dirty,
-        "dirty bit of pagemap works"
-        if found.soft_dirty
-        else "this kernel was built without CONFIG_MEM_SOFT_DIRTY",
+        exact,
+        kinds.why,
+        "" if exact else "only --precise needs it; kernel-shim/README.md has the kernel patch",
     )
+    if found.soft_dirty:
+        yield CheckItem(
+            "soft-dirty keeps writes", "optional", kinds.keeps_writes.works, kinds.keeps_writes.why
+        )
     for name, number, why in (
         ("CAP_SYS_PTRACE", 19, "tracing processes of other users"),
         ("CAP_CHECKPOINT_RESTORE", 40, "restoring with the same pid, shared memory of others"),

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kernel_shim.limits import Headroom, read_max_map_count
+
 from checkpointd import features, tracepoint
 from checkpointd.dump.pages import CopyRequest, Heard, PageWorker
 from checkpointd.dump.targets import pinned_runs
@@ -62,7 +64,7 @@ from checkpointd.target.memory import CapturedSpace, capture_address_space, data
 from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
 from checkpointd.target.remote import Remote
 from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
-from checkpointd.tracking.make import make_tracker
+from checkpointd.tracking.make import make_tracker, needs_switch_off, switch_is_on, switch_off
 from checkpointd.tracking.select import Choice
 
 FORK_ABOVE_PAGES = 25_600
@@ -125,10 +127,19 @@ class Dumper:
         self._features = features.probe()
         self.sleeps = sleeps or SleepMemory()
         self._last_dirty_pages = 0
+        self._precise = False
 
-    def track(self, backend: str = "auto") -> Choice:
-        """Arm dirty tracking without a dump: the first dump is full all the same."""
+    def track(self, backend: str = "auto", *, precise: bool = False) -> Choice:
+        """Arm dirty tracking without a dump: the first dump is full all the same.
+
+        Args:
+            precise: by soft-dirty bits made exact, patched or emulated; holds for later dumps with "auto" too.
+
+        Raises:
+            KernelLacks: neither can be had.
+        """
         with freeze(self.pid) as frozen, frozen.inject() as remote:
+            self._precise = precise
             self._make_tracker(backend, remote)
         return self.choice
 
@@ -151,6 +162,14 @@ class Dumper:
 
     def untrack(self) -> None:
         """Give the target back; nothing of ours stays in it."""
+        if self._tracker is not None and needs_switch_off(self._tracker):
+            # best effort: left on it does no harm to a process which nobody clears
+            with contextlib.suppress(CheckpointError, OSError), freeze(self.pid) as frozen:
+                with frozen.inject() as remote:
+                    switch_off(remote)
+        self._drop_tracker()
+
+    def _drop_tracker(self) -> None:
         if self._tracker is not None:
             self._tracker.disarm()
             self._tracker = None
@@ -242,7 +261,7 @@ class Dumper:
             work.stats.warnings += [*state.warnings, *files.warnings]
             at = work.mark("files", at)
             tracepoint.hit("dump.collect")
-            collection = self._collect(options, remote, vmas)
+            collection = self._collect(options, remote, vmas, work)
             at = work.mark("collecting", at)
             tracepoint.hit("dump.collected")
             trusted = bool(parent) and self.epoch_image_id == parent
@@ -285,7 +304,9 @@ class Dumper:
             for extra in files.extra_objects:
                 extra.close()
 
-    def _collect(self, options: DumpOptions, remote: Remote, vmas: tuple[Vma, ...]) -> Collection:
+    def _collect(
+        self, options: DumpOptions, remote: Remote, vmas: tuple[Vma, ...], work: _Work
+    ) -> Collection:
         asked = options.backend
         if self._tracker is None or (asked not in ("auto", self._tracker.name)):
             self._make_tracker(asked, remote)
@@ -294,12 +315,22 @@ class Dumper:
         try:
             space = Space(self.pid, pagemap, vmas, pinned_runs(self.pid, vmas))
             try:
-                return self._tracker.collect(space)
-            except TrackingLostError:
+                if not switch_is_on(self._tracker, remote):
+                    raise TrackingLostError("precise tracking was switched off in the process")
+                found = self._tracker.collect(space)
+            except TrackingLostError as error:
+                work.stats.warnings.append(
+                    f"dirty tracking was lost ({error}): content is compared this time"
+                )
                 self._make_tracker(asked, remote)
-                return self._tracker.collect(space)
+                found = self._tracker.collect(space)
         finally:
             os.close(pagemap)
+        if self._tracker.name != "content":
+            # every tracker but content keeps mappings apart that would have been one
+            warning = Headroom(len(vmas), read_max_map_count()).warning
+            work.stats.warnings += [warning] if warning else []
+        return found
 
     def _plan(
         self, work: _Work, captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ...], trusted: bool
@@ -448,8 +479,11 @@ class Dumper:
     # -- small things
 
     def _make_tracker(self, backend: str, remote: Remote) -> None:
-        self.untrack()
-        self._tracker, self.choice = make_tracker(backend, self.pid, remote, self._features)
+        if self._tracker is not None and needs_switch_off(self._tracker):
+            switch_off(remote)
+        self._drop_tracker()
+        precise = self._precise and backend == "auto"
+        self._tracker, self.choice = make_tracker(backend, self.pid, remote, self._features, precise=precise)
 
     def _parent_of(self, options: DumpOptions) -> tuple[str, str]:
         if not options.incremental:

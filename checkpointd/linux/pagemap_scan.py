@@ -40,7 +40,10 @@ PM_SCAN_CHECK_WPASYNC = 1 << 1
 _PAGEMAP_SCAN = 0xC060_6610
 _ARG = struct.Struct("=12Q")
 
+PM_FRAME = (1 << 55) - 1
+"""The page frame number of a present page; 0 to callers without CAP_SYS_ADMIN."""
 PM_SOFT_DIRTY = 1 << 55
+PM_MMAP_EXCLUSIVE = 1 << 56
 PM_UFFD_WP = 1 << 57
 PM_GUARD = 1 << 58
 PM_FILE = 1 << 61
@@ -125,7 +128,7 @@ def swapped_data(fd: int, first_page: int, nr_pages: int) -> npt.NDArray[np.bool
     """
     words = read_words(fd, first_page, nr_pages)
     entry_type = words & np.uint64(31)
-    hidden = (words & np.uint64((1 << 55) - 1)) == 0
+    hidden = (words & np.uint64(PM_FRAME)) == 0
     is_swap = (words & np.uint64(PM_SWAP)) != 0
     real: npt.NDArray[np.bool_] = is_swap & (hidden | (entry_type != SWP_PTE_MARKER))
     return real

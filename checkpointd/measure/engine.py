@@ -32,7 +32,7 @@ from checkpointd.report import record
 from checkpointd.target.freeze import Frozen, freeze
 from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
 from checkpointd.tracking.content import ContentTracker
-from checkpointd.tracking.make import make_tracker
+from checkpointd.tracking.make import make_tracker, sight_of
 from checkpointd.version import VERSION
 
 Emit = Callable[[dict[str, Any]], None]
@@ -358,5 +358,5 @@ def _collect(trackers: dict[str, Tracker], name: str, space: Space) -> tuple[Col
         return trackers[name].collect(space), False
     except TrackingLostError:
         trackers.pop(name).disarm()
-        everything = ContentTracker(has_guard_category=features.probe().guard_category)
+        everything = ContentTracker(sight_of(features.probe()))
         return everything.collect(space), True

@@ -20,6 +20,7 @@ _LINE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (r|-)(w|-)(x|-)(p|s) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)[ ]*(.*)$",
     re.MULTILINE,
 )
+_POPULATED = re.compile(rb"\n(?:(?:Rss|Swap|Shared_Hugetlb|Private_Hugetlb): +[1-9]|VmFlags:.* ht)")
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 _DELETED = b" (deleted)"
 
@@ -84,6 +85,21 @@ def parse_smaps(text: bytes) -> Iterator[Vma]:
         at = text.find(b"\nVmFlags:", match.end(), end)
         line = text[at + 9 : text.find(b"\n", at + 1)] if at >= 0 else b""
         yield _vma(match, frozenset(line.decode("ascii").split()))
+
+
+def read_populated(pid: int) -> list[tuple[int, int]]:
+    """[start, end) of the VMAs that may hold pages, sorted.  Walks the page tables."""
+    with open(f"/proc/{pid}/smaps", "rb") as file:
+        return list(parse_populated(file.read()))
+
+
+def parse_populated(text: bytes) -> Iterator[tuple[int, int]]:
+    """The VMAs of an smaps file with anything in memory or in swap; hugetlb counts apart and is always given."""
+    matches = list(_LINE.finditer(text))
+    for n, match in enumerate(matches):
+        end = matches[n + 1].start() if n + 1 < len(matches) else len(text)
+        if _POPULATED.search(text, match.end(), end):
+            yield int(match[1], 16), int(match[2], 16)
 
 
 def _vma(match: re.Match[bytes], flags: frozenset[str]) -> Vma:

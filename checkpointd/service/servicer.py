@@ -26,7 +26,7 @@ from checkpointd.service.operations import Operation, OperationTable
 from checkpointd.service.targets import Target, TargetTable
 from checkpointd.version import VERSION
 
-BACKENDS = ("auto", "uffd-wp", "content", "soft-dirty", "precise-soft-dirty")
+BACKENDS = ("auto", "uffd-wp", "precise-soft-dirty", "barrier-soft-dirty", "soft-dirty", "content")
 READ_MODES = ("auto", "stopped", "fork")
 TCP = ("refuse", "close")
 EXTERNAL = ("keep", "null", "refuse")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from checkpointd.memory import merge_runs
 from checkpointd.tracking.base import Collection, Space
-from checkpointd.tracking.presence import scan_presence
+from checkpointd.tracking.presence import Sight, look
 
 
 class ContentTracker:
@@ -19,11 +19,11 @@ class ContentTracker:
     precision = "exact by content: a page rewritten with the same bytes is not a change"
     cost = "nothing between dumps; every page is read and hashed at each dump"
 
-    def __init__(self, *, has_guard_category: bool) -> None:
-        self._has_guard_category = has_guard_category
+    def __init__(self, sight: Sight) -> None:
+        self._sight = sight
 
     def collect(self, space: Space) -> Collection:
-        present = scan_presence(space.pagemap, space.vmas, has_guard_category=self._has_guard_category)
+        present = look(space, self._sight)
         data = merge_runs(present.runs)
         return Collection(dirty=data, guards=present.guards)
 

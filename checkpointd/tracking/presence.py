@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.memory import PAGE_SHIFT, TASK_SIZE, Runs, Vma, VmaKind, merge_runs
+from checkpointd.tracking.base import Space
+from checkpointd.tracking.presence_words import scan_words
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -59,18 +61,57 @@ def anonymous_only(vma: Vma) -> bool:
     return vma.kind is VmaKind.ANON and vma.inode == 0
 
 
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """How pages are looked at on this kernel.
+
+    Attributes:
+        has_scan: PAGEMAP_SCAN exists; else plain pagemap words are read.
+        has_guard_category: PAGEMAP_SCAN knows guard regions.
+    """
+
+    has_scan: bool = True
+    has_guard_category: bool = False
+
+
+def look(space: Space, sight: Sight, *, soft_dirty: bool = False) -> PresentRegions:
+    """All pages that hold data, by the means this kernel has.
+
+    Args:
+        soft_dirty: tell PAGE_IS_SOFT_DIRTY in the categories.
+
+    Raises:
+        OSError: ENOTTY where `sight` is wrong about PAGEMAP_SCAN; ESRCH when the address space is gone.
+    """
+    if sight.has_scan:
+        return scan_presence(
+            space.pagemap, space.vmas, has_guard_category=sight.has_guard_category, soft_dirty=soft_dirty
+        )
+    wanted = [vma for vma in space.vmas if private_data(vma)]
+    return holding_data(
+        space.pagemap, scan_words(space.pid, space.pagemap, wanted, soft_dirty=soft_dirty), space.vmas
+    )
+
+
 def scan_presence(
-    pagemap: int, vmas: Sequence[Vma], *, has_guard_category: bool, skip: Set[int] = frozenset()
+    pagemap: int,
+    vmas: Sequence[Vma],
+    *,
+    has_guard_category: bool,
+    skip: Set[int] = frozenset(),
+    soft_dirty: bool = False,
 ) -> PresentRegions:
     """PAGEMAP_SCAN over the address space, cut at VMA borders and filtered by the rule above.
 
     Args:
         skip: indices of VMAs that are left out.
+        soft_dirty: tell PAGE_IS_SOFT_DIRTY too.
 
     Raises:
         OSError: ENOTTY without PAGEMAP_SCAN; ESRCH when the address space is gone.
     """
     returned = _RETURNED | (ps.PAGE_IS_GUARD if has_guard_category else 0)
+    returned |= ps.PAGE_IS_SOFT_DIRTY if soft_dirty else 0
     found = [
         ps.scan(
             pagemap,

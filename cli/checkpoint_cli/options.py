@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-BACKENDS = ("auto", "uffd-wp", "content", "soft-dirty", "precise-soft-dirty")
+BACKENDS = ("auto", "uffd-wp", "precise-soft-dirty", "barrier-soft-dirty", "soft-dirty", "content")
 
 _UNITS_US = {"us": 1, "ms": 1000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000}
 
