@@ -149,6 +149,15 @@ def store_option(function: F) -> F:
     )(function)
 
 
+def precise_option(function: F) -> F:
+    """--precise."""
+    return click.option(
+        "--precise",
+        is_flag=True,
+        help="By soft-dirty bits made exact: by the patched kernel, or emulated. An error where neither works.",
+    )(function)
+
+
 def pid_option(function: F) -> F:
     return click.option("-p", "--pid", type=int, required=True, metavar="PID", help="The process.")(function)
 

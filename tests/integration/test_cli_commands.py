@@ -251,6 +251,14 @@ def test_run_tracks_from_the_start_and_exits_as_the_command_does(house):
         assert is_gone(tracked["pid"])
 
 
+def test_precise_is_handed_on(house, target):
+    """The real agent answers in tests/vm and in test_service_real_agent.py; here the words only."""
+    done = house.checkpoint("run", "--precise", "--", sys.executable, "-c", "input()", input="x\n")
+    assert (done.returncode, "is tracked by" in done.stderr) == (0, True)
+    house.checkpoint("track", "--precise", "-p", str(target))
+    assert house.agent_notes().count("track precise") == 2
+
+
 def test_a_reader_that_goes_away_is_no_reason_for_a_traceback(house, target):
     assert house.checkpoint("dump", "-p", str(target)).returncode == 0
     with house.begin("show", "latest") as command:

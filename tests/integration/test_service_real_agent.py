@@ -111,6 +111,19 @@ def test_a_full_and_an_incremental_dump(house, target):
     assert target.touch(6) == before + 2
 
 
+def test_precise_says_which_way_or_why_not(house, target):
+    """On this kernel and any other: patched, emulated, or refused with the reason `check` gives."""
+    answer = house.checkpoint("check", "--json")
+    [item] = [found for found in json.loads(answer.stdout)["items"] if found["name"] == "precise soft-dirty"]
+    done = house.checkpoint("track", "--precise", "-p", str(target.pid))
+    if item["ok"]:
+        assert done.returncode == 0, done.stderr
+        assert ("precise-soft-dirty" if "patched" in item["detail"] else "barrier-soft-dirty") in done.stdout
+    else:
+        assert done.returncode == 6
+        assert item["detail"].removeprefix("neither: ") in done.stderr
+
+
 def test_the_program_runs_on_when_its_agent_and_its_service_are_killed(house, target):
     before = target.touch(0)
     house.checkpoint_json("track", "-p", str(target.pid))

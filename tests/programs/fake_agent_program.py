@@ -5,7 +5,8 @@ Tags: "" makes an image at once; "wait" says phase "copying" and waits to be can
 listen to a cancel; "die" kills itself; "garbage" sends no JSON; "exec" and "blocked" report errors; "malformed"
 sends a message without the fields it needs.  A measurement of the backend "wait" waits to be cancelled.
 
-What happens to it goes as lines to the file $FAKE_AGENT_LOG: "start PID", "cancel", "untrack", "shutdown", "eof".
+What happens to it goes as lines to the file $FAKE_AGENT_LOG: "start PID", "cancel", "untrack",
+"track precise", "shutdown", "eof".
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class FakeAgent:
 
     def do_track(self, number: int, args: dict[str, Any]) -> dict[str, Any]:
         track = protocol.TrackArgs.from_dict(args)
+        if track.precise:
+            note("track precise")
         backend = "uffd-wp" if track.backend == "auto" else track.backend
         return protocol.TrackResult(track.pid, backend, "as asked").to_dict()
 

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 
 import click
+from kernel_shim import switch
 
-from checkpoint_cli.options import BACKENDS, Session, session_options
+from checkpoint_cli.options import BACKENDS, Session, precise_option, session_options
 from checkpointd.errors import CheckpointError, UsageError
 
 
@@ -20,17 +22,20 @@ from checkpointd.errors import CheckpointError, UsageError
 )
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="How changes are found.")
 @click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD [ARG]...")
+@precise_option
 @session_options
-def command(session: Session, backend: str, words: tuple[str, ...]) -> int:
+def command(session: Session, backend: str, precise: bool, words: tuple[str, ...]) -> int:
     """Run a command and track its memory from its start, so that its first incremental dump is small.
 
     Exits as the command does (128 + N when signal N killed it).  If it cannot be tracked it runs all the same, and
     stderr says why.  Its pid is printed on stderr; with --json as a JSON line.
+
+    With --precise on a patched kernel precise tracking is on for the command and all its children from the start.
     """
     with session.client() as client:  # before the command starts: nothing to undo when there is no service
-        child = _start(words)
+        child = _start(words, precise)
         try:
-            result = client.track(child.pid, backend=backend)
+            result = client.track(child.pid, backend=backend, precise=precise)
             if session.json:
                 click.echo(json.dumps({"message_type": "tracked", **result}), err=True)
             else:
@@ -44,9 +49,10 @@ def command(session: Session, backend: str, words: tuple[str, ...]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _start(words: tuple[str, ...]) -> subprocess.Popen[bytes]:
+def _start(words: tuple[str, ...], precise: bool) -> subprocess.Popen[bytes]:
     try:
-        child = subprocess.Popen(words)
+        # children of the command inherit the switch; tracking turns it on for the command alone
+        child = subprocess.Popen(words, preexec_fn=_switch_on if precise else None)  # noqa: PLW1509 - one thread yet
     except OSError as error:
         raise UsageError(
             f"cannot run {words[0]}: {error.strerror}", hint="check the command's name"
@@ -56,3 +62,8 @@ def _start(words: tuple[str, ...]) -> subprocess.Popen[bytes]:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda number, _frame: child.send_signal(number))
     return child
+
+
+def _switch_on() -> None:
+    with contextlib.suppress(OSError):  # no patched kernel: `track` emulates, or says why not
+        switch.turn_on()

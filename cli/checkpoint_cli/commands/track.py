@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from checkpoint_cli.options import BACKENDS, Session, pid_option, session_options
+from checkpoint_cli.options import BACKENDS, Session, pid_option, precise_option, session_options
 from checkpoint_cli.output import print_document
 
 
@@ -16,14 +16,15 @@ from checkpoint_cli.output import print_document
 )
 @pid_option
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="How changes are found.")
+@precise_option
 @session_options
-def command(session: Session, pid: int, backend: str) -> None:
+def command(session: Session, pid: int, backend: str, precise: bool) -> None:
     """Begin to track which memory of a process changes.
 
     A dump does so by itself; `untrack` ends it.
     """
     with session.client() as client:
-        result = client.track(pid, backend=backend)
+        result = client.track(pid, backend=backend, precise=precise)
     if session.json:
         print_document(result)
     else:
