@@ -32,7 +32,7 @@ _OBJECT_SHIFT = 36  # 256 TiB an object
 U64 = npt.NDArray[np.uint64]
 Pages = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
-ObjectKey = tuple[int, int]  # device, inode
+ObjectKey = tuple[int, int, bool]  # device, inode, a System V segment?  (their shmid may be a memfd's inode)
 
 NO_PAGES: U64 = np.zeros(0, dtype=np.uint64)
 
@@ -203,7 +203,7 @@ class Reader:
             facts = os.fstat(fd)
             if not _is_memory(facts.st_dev):
                 return
-            key = (facts.st_dev, facts.st_ino)
+            key = (facts.st_dev, facts.st_ino, mapping.path.startswith("/SYSV"))
             index = self.objects.setdefault(key, len(self.objects))
             if index == len(self.names):
                 self.names.append(mapping.path)

@@ -46,6 +46,7 @@ from checkpointd.target.files_session import (
     read_mounts,
     read_open_fds,
 )
+from checkpointd.target.shared_objects import shared_memory_device
 
 __all__ = [
     "CapturedFiles",
@@ -155,7 +156,7 @@ def shared_memory_fds(pid: int) -> list[SharedMemoryFd]:
     """Descriptors of memfds and of other shared memory without a name (also those mapped nowhere)."""
     found = []
     for one in read_open_fds(pid):
-        if stat.S_ISREG(one.stat.st_mode) and one.stat.st_dev == files_regular.shared_memory_device():
+        if stat.S_ISREG(one.stat.st_mode) and one.stat.st_dev == shared_memory_device():
             name = one.link.removesuffix(" (deleted)").removeprefix("/memfd:")
             found.append(SharedMemoryFd(one.fd, one.device, one.stat.st_ino, name, one.stat.st_size))
     return found
@@ -172,7 +173,7 @@ def capture_files(
 
     Args:
         frozen: whatever knows the pid; every thread is stopped.
-        objects: ids of the image's shared memory objects by ((major, minor), inode).
+        objects: ids of the image's shared memory objects.
         draft: what `prepare_files` found, to save time.
 
     Raises:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 import os
 import stat
 from pathlib import Path
@@ -19,6 +18,7 @@ from checkpointd.target.files_session import (
     OpenFd,
     Session,
 )
+from checkpointd.target.shared_objects import ObjectKey, shared_memory_device
 
 _DELETED = " (deleted)"
 _HARMLESS_DEVICES = {(1, 3): "null", (1, 5): "zero", (1, 7): "full", (1, 8): "random", (1, 9): "urandom"}
@@ -40,7 +40,7 @@ def regular(
         index: of the description, for content that is kept apart.
         first_by_inode: filled with the description that holds the content of each deleted file.
     """
-    object_id = session.objects.get((one.device, one.stat.st_ino))
+    object_id = session.objects.get(ObjectKey(one.device, one.stat.st_ino))
     if object_id is not None:
         return SharedMemory(
             flags=one.flags, object=object_id, offset=one.info.position, seals=_seals(session, one)
@@ -164,16 +164,6 @@ def _controlling_terminal(session: Session, one: OpenFd) -> Device:
         uid=there.st_uid if there else one.stat.st_uid,
         ctime_ns=there.st_ctime_ns if there else 0,
     )
-
-
-@functools.cache
-def shared_memory_device() -> int:
-    """st_dev of the kernel's own tmpfs, where memfds and shared anonymous memory live."""
-    fd = os.memfd_create("probe", os.MFD_CLOEXEC)
-    try:
-        return os.fstat(fd).st_dev
-    finally:
-        os.close(fd)
 
 
 def _seals(session: Session, one: OpenFd) -> int:

@@ -20,13 +20,14 @@ from checkpointd.linux.kcmp import compare_files
 from checkpointd.linux.pidfd import pidfd_getfd, pidfd_open
 from checkpointd.procfs import fdinfo
 from checkpointd.state.files import ClosedSocket, FilesOptions
+from checkpointd.target.shared_objects import ObjectKey
 
 SMALL_CONTENT_BYTES = 1 << 20
 """Content up to here is kept with the image's state, more of it as pages."""
 
 _TOLD_ONE_BY_ONE = 3
 
-ObjectIds = Mapping[tuple[tuple[int, int], int], int]
+ObjectIds = Mapping[ObjectKey, int]
 """((major, minor), inode) to the id of a shared object of the image."""
 
 

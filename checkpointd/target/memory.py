@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """State out: the address space of a frozen target, without page contents.
 
-Shared memory is found once per object, by (device, inode), whether it is mapped or only held open; its content
+Shared memory is found once per object (`ObjectKey`), whether it is mapped or only held open; its content
 is read through a descriptor of ours (`SharedSource.open`), never through the target.
 
 Source: proc_pid_map_files(5), proc_pid_fd(5), /proc/sysvipc/shm in proc(5).
@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from checkpointd.memory import PAGE_SHIFT, Runs, Vma, VmaKind
 from checkpointd.procfs import maps
 from checkpointd.state.memory import AddressSpace, FileIdentity, SharedObject, VmaState
+from checkpointd.target.shared_objects import ObjectKey, shared_memory_device
 
 F_GET_SEALS = 1034
+_SYSV_PATH = re.compile(r"/SYSV[0-9a-f]{8}$")
 _MEMFD_LINK = re.compile(r"^/memfd:(.*?)(?: \(deleted\))?$")
-
-ObjectKey = tuple[tuple[int, int], int]
-"""((major, minor), inode)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +159,7 @@ def _tmpfs_devices(pid: int) -> frozenset[tuple[int, int]]:
 
 
 class _Objects:
-    """Collects shared objects, one per (device, inode)."""
+    """Collects shared objects, one per `ObjectKey`."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -169,13 +168,15 @@ class _Objects:
         self.sources: list[SharedSource] = []
 
     def of_vma(self, vma: Vma) -> int:
-        key = (vma.dev, vma.inode)
+        # a file of that name may lie in anybody's tmpfs; the segments are all on one device, which nobody can mount
+        is_sysv = _SYSV_PATH.match(vma.path) is not None and os.makedev(*vma.dev) == shared_memory_device()
+        key = ObjectKey(vma.dev, vma.inode, is_sysv)
         if key in self.ids:
             return self.ids[key]
         flavour, name = "tmpfs", vma.path
         if vma.path.startswith("/memfd:"):
             flavour, name = "memfd", vma.path.removeprefix("/memfd:")
-        elif vma.path.startswith("/SYSV"):
+        elif is_sysv:
             flavour = "sysv"
         elif vma.path.startswith(("/dev/zero", "[anon_shmem")) or not vma.path:
             flavour, name = "anon", ""
@@ -197,7 +198,7 @@ class _Objects:
             if not match:
                 continue
             found = os.stat(path)
-            key = ((os.major(found.st_dev), os.minor(found.st_dev)), found.st_ino)
+            key = ObjectKey((os.major(found.st_dev), os.minor(found.st_dev)), found.st_ino)
             if key not in self.ids:
                 self._add(key, "memfd", match[1], path, deleted=True, hugetlb=False)
 
@@ -214,15 +215,15 @@ class _Objects:
                 seals = fcntl.fcntl(fd, F_GET_SEALS)
         finally:
             os.close(fd)
-        sysv = self._sysv_segment(key[1]) if flavour == "sysv" else (0, 0o600, 0, 0)
+        sysv = self._sysv_segment(key.inode) if flavour == "sysv" else (0, 0o600, 0, 0)
         self.sources.append(
             SharedSource(
                 SharedObject(
                     id=number,
                     flavour=flavour,
                     name=name,
-                    dev=key[0],
-                    inode=key[1],
+                    dev=key.dev,
+                    inode=key.inode,
                     size_bytes=size_bytes,
                     seals=seals,
                     key=sysv[0],

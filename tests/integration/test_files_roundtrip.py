@@ -10,6 +10,7 @@ import pytest
 
 from checkpointd.errors import RestoreConflict
 from checkpointd.state.files import FilesOptions
+from checkpointd.target.shared_objects import ObjectKey
 from tests.files_lab import driven, moved, restored, save
 
 
@@ -323,7 +324,7 @@ def test_shared_memory_object_is_reopened():
     with driven(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as target:
         target.do("m = os.memfd_create('obj'); os.dup2(m, 20); os.write(20, b'12345')")
         st = os.stat(f"/proc/{target.pid}/fd/20")
-        key = ((os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino)
+        key = ObjectKey((os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino)
         state, contents, _ = save(target, objects={key: 7})
     base = os.memfd_create("again")
     os.write(base, b"12345")

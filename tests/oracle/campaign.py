@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from tests.oracle import truth
-from tests.oracle.engine import PRIVATE, Engine, EngineFactory, Generation, Refused
+from tests.oracle.engine import PRIVATE, Engine, EngineFactory, Generation, Pages, Refused
 from tests.oracle.judge import judge, same_memory
 from tests.oracle.target import OracleTarget, TargetDied
 from tests.oracle.truth import PAGE
@@ -78,8 +78,10 @@ def play(lines: list[str], make_engine: EngineFactory) -> Verdict:
                         target.settle()
                         verdict.findings += same_memory(before, truth.take(target.pid))
                         verdict.nr_restores += 1
-                elif word == "stormfreeze":
+                elif word in ("stormfreeze", "directfreeze"):
                     _storm(target, engine, line, bool(kept), verdict)
+                elif word == "exec":
+                    target.tell("exec 0")
                 else:
                     target.play(line)
                 if verdict.findings:
@@ -129,6 +131,7 @@ def _refusing(target: OracleTarget, verdict: Verdict, dump: Callable[[], T]) -> 
     except Refused:
         verdict.nr_refused += 1
         target.tell("ring 0 close")
+        target.tell("unhuge 0")
         try:
             return dump()
         except Refused:
@@ -137,9 +140,10 @@ def _refusing(target: OracleTarget, verdict: Verdict, dump: Callable[[], T]) -> 
 
 
 def _storm(target: OracleTarget, engine: Engine, line: str, has_parent: bool, verdict: Verdict) -> None:
-    _, slot, pages = line.split()
+    word, slot, pages = line.split()
     nr_pages = int(pages)
-    at = target.tell(f"storm {slot} start 0 {nr_pages}")
+    is_direct = word == "directfreeze"
+    at = target.tell(f"storm {slot} {'direct' if is_direct else 'start'} 0 {nr_pages}")
     if at < 0:
         return
     image = _refusing(target, verdict, lambda: engine.dump(target.pid, incremental=has_parent))
@@ -148,11 +152,23 @@ def _storm(target: OracleTarget, engine: Engine, line: str, has_parent: bool, ve
     if not np.isin(numbers, image.pages(PRIVATE)).all():
         verdict.findings.append("storm: pages that were written are not in the image")
         return
+    if is_direct:
+        _judge_direct(target, image.read(PRIVATE, numbers), verdict)
+        return
     words = image.read(PRIVATE, numbers).reshape(-1, PAGE)[:, :8].copy().view(np.uint64).reshape(-1)
     steps = np.diff(words.astype(np.int64))
     drops = np.flatnonzero(steps)
     if len(drops) > 1 or (len(drops) == 1 and steps[drops[0]] != -1):
         verdict.findings.append(f"storm: the image is no single instant: rounds {words.tolist()}")
+
+
+def _judge_direct(target: OracleTarget, held: Pages, verdict: Verdict) -> None:
+    """Each page is zero (not written yet) or a whole page of the file: the disk was not caught half-way."""
+    source = np.fromfile(target.directory / "disk.storm", dtype=np.uint8).reshape(-1, PAGE)
+    known = {page.tobytes() for page in source} | {bytes(PAGE)}
+    torn = [n for n, page in enumerate(held.reshape(-1, PAGE)) if page.tobytes() not in known]
+    if torn:
+        verdict.findings.append(f"directfreeze: pages {torn} are none that the disk had")
 
 
 def shrink(lines: list[str], fails: Callable[[list[str]], bool], *, seconds: float = 120) -> list[str]:

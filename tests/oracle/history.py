@@ -7,7 +7,10 @@ A line is a command of oracle_target.c, "@K command" for relative K, or one of
 * ``failfreeze``: a dump that fails after it read: nothing may be lost by it;
 * ``fullfreeze``: as freeze, but in full in the middle of a chain;
 * ``restore N``: kill the target, bring back the N-th last generation, compare all memory, go on from there;
-* ``stormfreeze SLOT PAGES``: dump while a thread writes; the image must be one true instant.
+* ``stormfreeze SLOT PAGES``: dump while a thread writes; the image must be one true instant;
+* ``directfreeze SLOT PAGES``: dump while a thread has the disk write into its pages (O_DIRECT): each page must be one
+  that the disk had, and what lands during and after the dump is in the next generation;
+* ``exec``: the target begins anew as another program.
 
 The same seed gives the same lines for ever; `save` and `load` keep a history in a file of its own.
 """
@@ -34,7 +37,7 @@ _ADVICE = (
 _VERBS = (
     ("map", 14), ("over", 6), ("next", 4), ("write", 34), ("unmap", 5), ("protect", 5), ("remap", 8),
     ("advise", 14), ("lock", 2), ("kernel", 5), ("ring", 3), ("uffd", 2), ("brk", 3), ("stack", 2), ("file", 4),
-    ("change", 7), ("relate", 1), ("relative", 6),
+    ("change", 7), ("relate", 1), ("relative", 6), ("fork", 2),
 )  # fmt: skip
 
 
@@ -50,7 +53,9 @@ class _Author:
         self.relatives: list[int] = []
 
     def begin(self) -> list[str]:
+        """The first lines of a program: nothing is mapped yet."""
         dice = self.dice
+        self.used, self.thp, self.own_uffd = [], [], -1
         lines = [f"file {n} {kind} 0 {dice.choice((7, 33, 80))}" for n, kind in enumerate(("memfd", "tmpfs"))]
         for slot in range(dice.randint(1, NR_SLOTS)):
             lines.append(self._map(slot))
@@ -119,6 +124,8 @@ class _Author:
                     self.own_uffd = self._slot()
                     return f"uffd {self.own_uffd} on 0 1 {value}"
                 return f"uffd {self.own_uffd} {how} {first} 1 {value}"
+            case "fork":
+                return f"fork {self._slot()} _ {first} {pages} {value}"
             case "brk":
                 return f"brk 0 by {dice.choice((1, 3, 20, 60, -2, -15))} 0 {value}"
             case "stack":
@@ -150,6 +157,11 @@ def generate(seed: int, *, nr_freezes: int = 6, ops_per_freeze: int = 30) -> lis
             lines.append(f"stormfreeze {NR_SLOTS + 1} {dice.randint(8, 200)}")
         elif roll < 0.22:
             lines.append("fullfreeze")
+        elif roll < 0.28:
+            lines.append(f"directfreeze {NR_SLOTS + 2} {dice.randint(8, 60)}")
+        elif roll < 0.31:
+            lines.append("exec")
+            lines += author.begin()
         lines.append("freeze")
     return lines
 

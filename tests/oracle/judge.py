@@ -133,6 +133,17 @@ def _shared(before: Truth, after: Truth, image: Generation) -> list[str]:
     return findings
 
 
+def _change(truth: Contents, later: Contents) -> str:
+    """Which pages differ between two looks at one object."""
+    came, went = np.setdiff1d(later.pages, truth.pages), np.setdiff1d(truth.pages, later.pages)
+    other = [
+        page
+        for page in np.intersect1d(truth.pages, later.pages).tolist()
+        if not np.array_equal(_row(truth, page), _row(later, page))
+    ]
+    return f"pages {came.tolist()} came, {went.tolist()} went, {other} are other than before"
+
+
 def _target_unharmed(before: Truth, after: Truth) -> list[str]:
     """Taking a dump must not change what the target has."""
     findings = []
@@ -152,7 +163,7 @@ def _target_unharmed(before: Truth, after: Truth) -> list[str]:
     for key, (_, truth) in before.shared.items():
         later = after.shared.get(key, (0, truth))[1]
         if not np.array_equal(truth.pages, later.pages) or not np.array_equal(truth.data, later.data):
-            findings.append(f"the dump changed shared object {key}")
+            findings.append(f"the dump changed shared object {key}: {_change(truth, later)}")
     return findings
 
 

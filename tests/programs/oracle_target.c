@@ -29,6 +29,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define PAGE 4096UL
@@ -46,7 +47,7 @@
 #define MREMAP_DONTUNMAP 4
 #endif
 
-static struct slot { char *at; size_t pages; } slots[NR_SLOTS];
+static struct slot { char *at; size_t pages; int is_hugetlb; } slots[NR_SLOTS];
 static struct { int fd; size_t pages; int is_tmpfs; } files[NR_FILES];
 static const char *directory;
 static int in_fd, out_fd;
@@ -95,6 +96,7 @@ static long keep(unsigned n, void *at, size_t pages)
 		return -errno;
 	slots[n % NR_SLOTS].at = at;
 	slots[n % NR_SLOTS].pages = pages;
+	slots[n % NR_SLOTS].is_hugetlb = 0;
 	return 0;
 }
 
@@ -129,8 +131,11 @@ static long do_map(unsigned n, const char *kind, size_t pages, unsigned file, vo
 		return keep(n, mmap(where, size, rw, priv | MAP_POPULATE | extra, -1, 0), pages);
 	if (!strcmp(kind, "locked"))
 		return keep(n, mmap(where, size, rw, priv | MAP_LOCKED | extra, -1, 0), pages);
-	if (!strcmp(kind, "hugetlb"))
-		return keep(n, mmap(NULL, HUGE, rw, priv | MAP_HUGETLB, -1, 0), HUGE / PAGE);
+	if (!strcmp(kind, "hugetlb")) {
+		rc = keep(n, mmap(NULL, HUGE, rw, priv | MAP_HUGETLB, -1, 0), HUGE / PAGE);
+		slots[n % NR_SLOTS].is_hugetlb = !rc;
+		return rc;
+	}
 	if (!strcmp(kind, "thp")) {                                       // a whole aligned huge page and a bit
 		char *at = mmap(NULL, 3 * HUGE, rw, priv, -1, 0);
 		if (at == MAP_FAILED)
@@ -429,7 +434,31 @@ static long uffd_off(void)
 }
 
 // ---- a storm: a thread writes round after round, page 0 first, so that every true state is r.. r, r-1.. r-1 ----
-static struct { pthread_t thread; atomic_int run; struct slot *slot; size_t pages; } storm;
+static struct { pthread_t thread; atomic_int run; struct slot *slot; size_t pages; int fd; } storm;
+
+// the other storm: the disk writes into our pages, again and again, from a file whose pages all differ
+static void *storming_direct(void *unused)
+{
+	for (uint64_t round = 0; atomic_load(&storm.run); round++)
+		for (size_t i = 0; i < storm.pages; i++)
+			if (pread(storm.fd, storm.slot->at + i * PAGE, PAGE, ((round + i) % 64) * PAGE) < 0)
+				return unused;
+	return unused;
+}
+
+static int direct_source(void)
+{
+	char path[512], buffer[PAGE];
+	snprintf(path, sizeof path, "%s/disk.storm", directory);
+	int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	for (size_t i = 0; fd >= 0 && i < 64; i++) {
+		fill_file_page(buffer, 5, i);
+		if (pwrite(fd, buffer, PAGE, i * PAGE) != (ssize_t)PAGE)
+			break;
+	}
+	close(fd);
+	return open(path, O_RDONLY | O_CLOEXEC | O_DIRECT);
+}
 
 static void *storming(void *unused)
 {
@@ -442,10 +471,13 @@ static void *storming(void *unused)
 	return unused;
 }
 
-static long storm_start(unsigned n, size_t pages)
+static long storm_start(unsigned n, size_t pages, int is_direct)
 {
 	if (storm.pages)
 		return -EBUSY;
+	storm.fd = is_direct ? direct_source() : -1;
+	if (is_direct && storm.fd < 0)
+		return -errno;
 	free_slot(n);
 	long rc = keep(n, mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), pages);
 	if (rc)
@@ -455,7 +487,7 @@ static long storm_start(unsigned n, size_t pages)
 	storm.slot = &slots[n % NR_SLOTS];
 	storm.pages = pages;
 	atomic_store(&storm.run, 1);
-	if (pthread_create(&storm.thread, NULL, storming, NULL))
+	if (pthread_create(&storm.thread, NULL, is_direct ? storming_direct : storming, NULL))
 		return storm.pages = 0, -EAGAIN;
 	return (long)(uintptr_t)storm.slot->at;
 }
@@ -467,6 +499,9 @@ static long storm_stop(void)
 	atomic_store(&storm.run, 0);
 	pthread_join(storm.thread, NULL);
 	storm.pages = 0;
+	if (storm.fd >= 0)
+		close(storm.fd);
+	storm.fd = -1;
 	return 0;
 }
 
@@ -495,6 +530,24 @@ static long relate(unsigned k)
 		_exit(0);
 	}
 	return pid;
+}
+
+// A child of our own that writes where we could, and ends: afterwards the pages are ours alone again.
+static long forked(struct slot *s, size_t first, size_t n, uint64_t value)
+{
+	pid_t child = fork();
+	if (child < 0)
+		return -errno;
+	if (child == 0) {
+		guarded = 0;                                          // a fault ends the child alone
+		do_write(s, "fill", first, n, value);
+		_exit(0);
+	}
+	int status;
+	while (waitpid(child, &status, 0) < 0)
+		if (errno != EINTR)
+			return -errno;
+	return 0;
 }
 
 static int burn_stack(int depth, uint64_t value)
@@ -680,8 +733,16 @@ static long obey(char *line)
 		return file_change(n, word, first, pages, value);
 	if (!strcmp(verb, "relate"))                                  // relate K
 		return relate(n);
-	if (!strcmp(verb, "storm"))                                   // storm SLOT start|stop _ PAGES
-		return !strcmp(word, "start") ? storm_start(n, pages) : storm_stop();
+	if (!strcmp(verb, "storm"))                                   // storm SLOT start|direct|stop _ PAGES
+		return !strcmp(word, "stop") ? storm_stop() : storm_start(n, pages, !strcmp(word, "direct"));
+	if (!strcmp(verb, "fork"))                                    // fork SLOT _ FIRST PAGES VALUE
+		return forked(s, first, pages, value);
+	if (!strcmp(verb, "unhuge")) {                                // give the hugetlb slots back
+		for (unsigned k = 0; k < NR_SLOTS; k++)
+			if (slots[k].pages && slots[k].is_hugetlb)
+				free_slot(k);
+		return 0;
+	}
 	if (!strcmp(verb, "where"))                                   // where SLOT: its address
 		return s->pages ? (long)(uintptr_t)s->at : -ENOENT;
 	if (!strcmp(verb, "exec")) {                                  // a new program at the same FIFOs

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objects of shared memory that look alike are kept apart."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from checkpointd.dump.dump import Dumper, DumpOptions
+from checkpointd.image.store import Store
+from checkpointd.memory import PAGE_SIZE
+from checkpointd.state import codec
+from checkpointd.state.memory import AddressSpace
+from tests import abilities
+
+pytestmark = pytest.mark.needs("root", "ptrace", "pagemap_scan")
+
+# The number of the next segment can be chosen (CONFIG_CHECKPOINT_RESTORE).
+TWINS = """
+import ctypes, mmap, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = ctypes.c_void_p
+fd = os.memfd_create("twin")
+os.ftruncate(fd, 4096)
+open("/proc/sys/kernel/shm_next_id", "w").write(str(os.fstat(fd).st_ino))
+segment = libc.shmget(0, 4096, 0o1600)
+assert segment == os.fstat(fd).st_ino, (segment, os.fstat(fd).st_ino)
+at = libc.shmat(segment, None, 0)
+libc.shmctl(segment, 0, None)
+ctypes.memset(at, 0x53, 4096)
+area = mmap.mmap(fd, 4096)
+area[:] = b"M" * 4096
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def twins():
+    process = subprocess.Popen(
+        [sys.executable, "-c", TWINS],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if process.stdout.readline() != "ready\n":
+        error = process.stderr.read()
+        process.wait()
+        pytest.skip(f"no segment with a chosen number here: {error[-200:]}")
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_segment_whose_number_is_a_memfds_inode_is_another_object(twins, tmp_path):
+    abilities.require("root")
+    store = Store.open(tmp_path / "store", create=True)
+    dumper = Dumper(twins.pid)
+    try:
+        stats = dumper.dump(DumpOptions(store=str(tmp_path / "store")))
+    finally:
+        dumper.close()
+    image = store.load(stats.image_id)
+    space = codec.decode(AddressSpace, json.loads(image.state)["address_space"])
+    content = {}
+    for one in space.objects:
+        pages = image.pages(one.id)
+        content[one.flavour] = image.read(one.id, pages).tobytes()
+    assert content == {"sysv": b"S" * PAGE_SIZE, "memfd": b"M" * PAGE_SIZE}
+    assert len({one.inode for one in space.objects}) == 1  # or this shows nothing
+    users = {vma.path.split(":")[0]: vma.object for vma in space.vmas if vma.object}
+    assert len(set(users.values())) == 2
