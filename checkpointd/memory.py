@@ -9,7 +9,7 @@ overlapping, not touching.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,7 @@ class Vma:
         path: as the kernel prints it, with escapes undone; "" for anonymous.  " (deleted)" is stripped
             into `deleted`.
         flags: the two-letter VmFlags of smaps (proc_pid_smaps(5)); empty when only maps was read.
+        huge_bytes: AnonHugePages of smaps: how much of it lay in transparent huge pages then.
     """
 
     start: int
@@ -77,6 +78,7 @@ class Vma:
     deleted: bool
     kind: VmaKind
     flags: frozenset[str] = frozenset()
+    huge_bytes: int = field(default=0, compare=False)
 
     @property
     def nr_pages(self) -> int:

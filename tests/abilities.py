@@ -185,6 +185,15 @@ def _hugetlb() -> bool:
     return False
 
 
+def _transparent_huge() -> bool:
+    """MADV_COLLAPSE makes a huge page."""
+    area = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    at = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    start = at + (-at % (2 << 20))
+    area[start - at] = 1
+    return _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(2 << 20), 25) == 0
+
+
 def _guard() -> bool:
     area, at = _area()
     if _libc.madvise(ctypes.c_void_p(at + 2 * PAGE), ctypes.c_size_t(PAGE), 102) != 0:
@@ -224,6 +233,7 @@ ABILITIES: dict[str, Callable[[], bool]] = {
     "io_uring": _io_uring,
     "hugetlb": _hugetlb,
     "guard": _guard,
+    "transparent_huge": _transparent_huge,
     "gcc": _program("gcc"),
     "go": _program("go"),
     "redis": _program("redis-server"),

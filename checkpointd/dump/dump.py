@@ -60,7 +60,7 @@ from checkpointd.stats import DumpStats
 from checkpointd.target.files import CapturedFiles, FilesDraft, capture_files, prepare_files
 from checkpointd.target.fork import ForkedCopy
 from checkpointd.target.freeze import Frozen, freeze
-from checkpointd.target.memory import CapturedSpace, capture_address_space, data_extents
+from checkpointd.target.memory import CapturedSpace, capture_address_space, data_extents, huge_runs
 from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
 from checkpointd.target.remote import Remote
 from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
@@ -101,6 +101,7 @@ class _Work:
     state: ImageState | None = None
     process_draft: ProcessDraft | None = None
     maps_draft: maps.MapsDraft | None = None
+    huge: Runs = field(default_factory=lambda: NO_RUNS)
     files_draft: FilesDraft | None = None
     started_ns: int = field(default_factory=time.monotonic_ns)
 
@@ -192,6 +193,7 @@ class Dumper:
             work.process_draft = prepare_process(self.pid)
             work.files_draft = prepare_files(self.pid, options.files)
             work.maps_draft = maps.prepare_vmas(self.pid)
+            work.huge = huge_runs(self.pid, work.maps_draft.vmas)
             report("freezing", 0, 0)
             tracepoint.hit("dump.freeze")
             with freeze(self.pid, timeout_s=self._freeze_timeout(options)) as frozen:
@@ -250,7 +252,7 @@ class Dumper:
         vmas = maps.settled_vmas(self.pid, work.maps_draft)
         if not vmas:
             raise TargetGone(f"process {self.pid} has no address space (it is exiting)", pid=self.pid)
-        captured = capture_address_space(self.pid, vmas, NO_RUNS)
+        captured = capture_address_space(self.pid, vmas, NO_RUNS, work.huge)
         at = work.mark("maps", at)
         copy = None
         with frozen.inject() as remote:

@@ -10,6 +10,7 @@
         info = b.commit(meta={...}, state=b"...")      # durable from here on
     image = store.load(store.resolve("latest"))        # reader.py: read, stream, digests
     for obj, pages, data in image.stream(): ...        # stream.py: all but zero pages, in disk order
+    image.visit(write)                                 # the same, handed out on the reading threads
 
 files.py I/O and locks; layout.py the directory; format.py structures and limits; digest.py page digests; index.py
 extents; pack.py page data; imagefile.py one image's bytes; consolidate.py which old blocks a new image copies;

@@ -10,7 +10,7 @@ Errors: `ImageDamaged` naming the file; `KeyError` for a page the image does not
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from checkpointd.image.imagefile import Head, read_state
 from checkpointd.image.index import NO_INDEX, U64, ObjectIndex, expand
 from checkpointd.image.info import ImageInfo
 from checkpointd.image.pack import PackReader
-from checkpointd.image.stream import Chunk, stream_pages
+from checkpointd.image.stream import Chunk, stream_pages, visit_pages
 from checkpointd.memory import NO_PAGES, PAGE_SIZE, PageNumbers
 
 _SHIFT = np.uint64(LOCATION_SHIFT)
@@ -161,6 +161,17 @@ class Image:
         return stream_pages(
             self.index, self.packs, threads=threads, chunk_pages=chunk_pages, digest_seed=seed
         )
+
+    def visit(self, visitor: Callable[[int, PageNumbers, Bytes], None], *, threads: int = 2) -> None:
+        """Call `visitor` with every page that is not zero, once: (obj, sorted pages, their bytes).
+
+        It is called on `threads` threads at the same time, each for other pages, and the bytes are its own until
+        it returns.
+
+        Raises:
+            ImageDamaged: a block does not have its checksum; what the visitor raises.
+        """
+        visit_pages(self.index, self.packs, visitor, threads=threads)
 
     def _read_from(
         self, pack: PackReader, ordinals: U64, destinations: npt.NDArray[np.intp], out: Bytes

@@ -6,6 +6,9 @@ that is computed for a page is computed for a window of up to `_WINDOW_PAGES` at
 block, or giving the GIL away for each, would cost more than reading it.
 
 Memory: (2 x threads + 1) x 8 MiB, and 40 bytes for each page of a window.
+
+`visit_pages` does without a ring: each thread hands what it has just read to the visitor itself, while it is still
+in the cache.  Memory: threads x 8 MiB, and the window.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from __future__ import annotations
 import collections
 import itertools
 import queue
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -90,6 +94,37 @@ def stream_pages(
                 pending.append(pool.submit(fetch, batch))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def visit_pages(
+    index: dict[int, ObjectIndex],
+    packs: list[PackReader],
+    visitor: Callable[[int, PageNumbers, Bytes], None],
+    *,
+    threads: int,
+) -> None:
+    """See `Image.visit`."""
+    batches = _batches(index, packs)
+    lock = threading.Lock()
+    failed = threading.Event()
+
+    def work() -> None:
+        buffers = _Buffers()
+        try:
+            while not failed.is_set():
+                with lock:
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                for obj, pages, data in _fetch(batch, buffers, None):
+                    visitor(obj, pages, data)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="image-visit") as pool:
+        for worker in [pool.submit(work) for _ in range(max(1, threads))]:
+            worker.result()
 
 
 def _fetch(batch: _Batch, buffers: _Buffers, digest_seed: int | None) -> list[Chunk]:

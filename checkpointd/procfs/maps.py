@@ -84,7 +84,9 @@ def parse_smaps(text: bytes) -> Iterator[Vma]:
         end = matches[n + 1].start() if n + 1 < len(matches) else len(text)
         at = text.find(b"\nVmFlags:", match.end(), end)
         line = text[at + 9 : text.find(b"\n", at + 1)] if at >= 0 else b""
-        yield _vma(match, frozenset(line.decode("ascii").split()))
+        huge = text.find(b"\nAnonHugePages:", match.end(), end)
+        huge_kib = int(text[huge + 15 : text.find(b"kB", huge)]) if huge >= 0 else 0
+        yield _vma(match, frozenset(line.decode("ascii").split()), huge_kib << 10)
 
 
 def read_populated(pid: int) -> list[tuple[int, int]]:
@@ -102,7 +104,7 @@ def parse_populated(text: bytes) -> Iterator[tuple[int, int]]:
             yield int(match[1], 16), int(match[2], 16)
 
 
-def _vma(match: re.Match[bytes], flags: frozenset[str]) -> Vma:
+def _vma(match: re.Match[bytes], flags: frozenset[str], huge_bytes: int = 0) -> Vma:
     start, end, r, w, x, sharing, offset, major, minor, inode, raw_path = match.groups()
     deleted = raw_path.endswith(_DELETED)
     if deleted:
@@ -123,6 +125,7 @@ def _vma(match: re.Match[bytes], flags: frozenset[str]) -> Vma:
         deleted=deleted,
         kind=_kind(path, shared, dev, deleted, flags),
         flags=flags,
+        huge_bytes=huge_bytes,
     )
 
 

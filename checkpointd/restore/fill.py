@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing an image's pages into the new process and its shared objects.
 
-Two threads write at once (a page fault each 4 KiB is what costs time, and faults run in parallel); places that are
-not writable go through /proc/PID/mem on the tracer's thread.  Zero pages are not written where memory reads zero
-anyhow.
+Two threads read the image and write at once (a page fault each 4 KiB is what costs time, and faults run in parallel),
+each what it has just read; places that are not writable go through /proc/PID/mem on the tracer's thread, since a
+kernel may let only the tracer itself do that.  Zero pages are not written where memory reads zero anyhow.
+
+Memory that was of huge pages is made so again before it is written (`plan.huge_steps`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
+import queue
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from checkpointd.errors import ImageDamaged
+from checkpointd.errors import CheckpointError, ImageDamaged
 from checkpointd.linux.process_vm_write import write_runs
 from checkpointd.memory import PAGE_SHIFT, PAGE_SIZE, PRIVATE_OBJECT, PageNumbers, VmaKind, runs_of
 from checkpointd.restore.objects import Objects
@@ -25,8 +28,7 @@ from checkpointd.restore.stub import Stub
 from checkpointd.state.memory import AddressSpace
 
 _NR_THREADS = 2
-_MIN_PAGES_TO_SPLIT = 64
-_HUGE_PAGES = np.uint64(512)
+_MAX_WAITING = 4  # copies of what the tracer's thread has to write
 _NO_WRITES = frozenset({VmaKind.VDSO, VmaKind.VVAR, VmaKind.VSYSCALL})
 
 Bytes = npt.NDArray[np.uint8]
@@ -39,7 +41,7 @@ class PageSource(Protocol):
     def objects(self) -> list[int]: ...
     def pages(self, obj: int) -> PageNumbers: ...
     def zero_pages(self, obj: int) -> PageNumbers: ...
-    def stream(self) -> Iterable[tuple[int, PageNumbers, Bytes]]: ...
+    def visit(self, visitor: Callable[[int, PageNumbers, Bytes], None], *, threads: int) -> None: ...
 
 
 class _Map:
@@ -80,53 +82,78 @@ def fill(stub: Stub, image: PageSource, space: AddressSpace, objects: Objects, p
         for obj in image.objects()
         if obj == PRIVATE_OBJECT or obj in known
     )
-    done = 0
     for obj in known:
         objects.empty(obj)
-    with ThreadPoolExecutor(_NR_THREADS, thread_name_prefix="restore-fill") as pool:
-        for obj, pages, data in image.stream():
-            if obj == PRIVATE_OBJECT:
-                _write_private(stub, pool, table, pages, data)
-            elif obj in known:
-                objects.write(obj, pages, data)
-            else:
-                continue  # content of a deleted file: whoever restores files asks for it
-            done += len(pages)
-            progress("memory", done, total)
-        _write_zeros(stub, table, image.zero_pages(PRIVATE_OBJECT))
+    work = _Work(stub, table, objects, known)
+    with ThreadPoolExecutor(1, thread_name_prefix="restore-fill") as pool:
+        visiting = pool.submit(image.visit, work.visit, threads=_NR_THREADS)
+        visiting.add_done_callback(lambda _: work.news.put(None))
+        try:
+            done = work.follow(lambda nr: progress("memory", nr, total))
+        finally:
+            work.stop()
+        visiting.result()
+    _write_zeros(stub, table, image.zero_pages(PRIVATE_OBJECT))
     return done
 
 
-def _write_private(
-    stub: Stub, pool: ThreadPoolExecutor, table: _Map, pages: PageNumbers, data: Bytes
-) -> None:
-    writable = table.writable[table.find(pages)]
-    if not writable.all():
-        rows = data.reshape(-1, PAGE_SIZE)
-        _write_forced(stub, pages[~writable], rows[~writable].reshape(-1))
-        pages, data = pages[writable], rows[writable].reshape(-1)
-    if len(pages) < _MIN_PAGES_TO_SPLIT:
+class _Work:
+    """What the image's threads share with the tracer's.
+
+    Attributes:
+        news: (pages done, pages and bytes for the tracer to write or None); None at the end.
+    """
+
+    def __init__(self, stub: Stub, table: _Map, objects: Objects, known: set[int]) -> None:
+        self.stub, self.table, self.objects, self.known = stub, table, objects, known
+        self.news: queue.SimpleQueue[tuple[int, tuple[PageNumbers, Bytes] | None] | None] = (
+            queue.SimpleQueue()
+        )
+        self._room = threading.Semaphore(_MAX_WAITING)
+        self._stopped = False
+
+    def visit(self, obj: int, pages: PageNumbers, data: Bytes) -> None:
+        """On the image's threads."""
+        if self._stopped:
+            raise CheckpointError("the restore was given up")
+        forced = None
+        if obj == PRIVATE_OBJECT:
+            forced = self._write_private(pages, data)
+        elif obj in self.known:
+            self.objects.write(obj, pages, data)
+        else:
+            return  # content of a deleted file: whoever restores files asks for it
+        self.news.put((len(pages), forced))
+
+    def _write_private(self, pages: PageNumbers, data: Bytes) -> tuple[PageNumbers, Bytes] | None:
+        """Write what can be; what the tracer must write is copied."""
+        forced = None
+        writable = self.table.writable[self.table.find(pages)]
+        if not writable.all():
+            rows = data.reshape(-1, PAGE_SIZE)
+            self._room.acquire()
+            forced = pages[~writable], rows[~writable].reshape(-1)
+            pages, data = pages[writable], rows[writable].reshape(-1)
         if len(pages):
-            _write_part(stub.pid, pages, data)
-        return
-    cuts = [0, *(_cut(pages, n * len(pages) // _NR_THREADS) for n in range(1, _NR_THREADS)), len(pages)]
-    jobs = [
-        pool.submit(_write_part, stub.pid, pages[lo:hi], data[lo * PAGE_SIZE : hi * PAGE_SIZE])
-        for lo, hi in itertools.pairwise(cuts)
-    ]
-    for job in jobs:
-        job.result()
+            write_runs(self.stub.pid, runs_of(pages) << np.uint64(PAGE_SHIFT), data)
+        return forced
 
+    def follow(self, progress: Callable[[int], None]) -> int:
+        """On the tracer's thread, until the image is through; the number of pages."""
+        done = 0
+        while (one := self.news.get()) is not None:
+            nr, forced = one
+            if forced is not None:
+                _write_forced(self.stub, *forced)
+                self._room.release()
+            done += nr
+            progress(done)
+        return done
 
-def _cut(pages: PageNumbers, near: int) -> int:
-    """Where to divide the work: between huge pages, so that no two threads fault (and zero) the same one."""
-    cut = int(np.searchsorted(pages, pages[near] // _HUGE_PAGES * _HUGE_PAGES))
-    return cut or near
-
-
-def _write_part(pid: int, pages: PageNumbers, data: Bytes) -> None:
-    runs = runs_of(pages)
-    write_runs(pid, runs << np.uint64(PAGE_SHIFT), data)
+    def stop(self) -> None:
+        """Let no thread wait or go on: all is done, or we failed."""
+        self._stopped = True
+        self._room.release(_NR_THREADS)
 
 
 def _write_forced(stub: Stub, pages: PageNumbers, data: Bytes) -> None:

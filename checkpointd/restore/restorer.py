@@ -296,6 +296,7 @@ class _Restorer:
         set_program(stub, state.layout, exe_fd, self.warnings)
         self._map_vdso(stub)
         self._mark("map")
+        self._make_huge(stub)
         nr_pages = fill(stub, self.image, self.space, self.objects, self.progress)
         self._mark("memory")
         self.progress("rebuilding", 0, 0)
@@ -350,6 +351,19 @@ class _Restorer:
                 blockers=found,
             )
         self.local_xstate_bytes = len(local_xstate)
+
+    def _make_huge(self, stub: Stub) -> None:
+        steps = plan.huge_steps(self.space)
+        if not steps:
+            return
+        results = stub.run(steps)
+        failed = [step for step, result in zip(steps, results, strict=True) if result < 0]
+        wanted = [
+            size for _, size, advice in (step.call.args for step in failed) if advice == plan.MADV_COLLAPSE
+        ]
+        short = sum(size for size in wanted if isinstance(size, int))
+        if short:
+            self.warnings.append(f"up to {short >> 20} MiB that lay in huge pages came back in small ones")
 
     def _map_vdso(self, stub: Stub) -> None:
         steps = plan.vdso_steps(self.space)

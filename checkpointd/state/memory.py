@@ -33,6 +33,7 @@ class VmaState:
         file: index into `AddressSpace.files` for mappings of files on disk, else None.
         object: id (>= 1) in `AddressSpace.objects` for shared memory, else None.
         guards: guard regions (MADV_GUARD_INSTALL, Linux 6.13) as (start, end) addresses.
+        huge: what lay in transparent huge pages without the program's advice (MADV_HUGEPAGE), as (start, end).
     """
 
     start: int
@@ -46,6 +47,7 @@ class VmaState:
     file: int | None = None
     object: int | None = None
     guards: tuple[tuple[int, int], ...] = ()
+    huge: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from checkpointd.memory import PAGE_SHIFT, Runs, Vma, VmaKind
+import numpy as np
+
+from checkpointd.linux import pagemap_scan as ps
+from checkpointd.memory import NO_RUNS, PAGE_SHIFT, Runs, Vma, VmaKind, merge_runs
 from checkpointd.procfs import maps
 from checkpointd.state.memory import AddressSpace, FileIdentity, SharedObject, VmaState
 from checkpointd.target.shared_objects import ObjectKey, shared_memory_device
 
 F_GET_SEALS = 1034
 _SYSV_PATH = re.compile(r"/SYSV[0-9a-f]{8}$")
+_SHIFT = np.uint64(PAGE_SHIFT)
 _MEMFD_LINK = re.compile(r"^/memfd:(.*?)(?: \(deleted\))?$")
 
 
@@ -44,8 +48,34 @@ class CapturedSpace:
     """Private mappings of deleted files: every page is saved and they come back as anonymous memory."""
 
 
-def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs) -> CapturedSpace:
+def huge_runs(pid: int, vmas: Sequence[Vma]) -> Runs:
+    """Which memory lies in transparent huge pages though the program did not ask for it.
+
+    Best effort, for use before a freeze: it only steers how restore allocates.  NO_RUNS where the kernel does not tell.
+    """
+    wanted = [vma for vma in vmas if vma.kind is VmaKind.ANON and vma.huge_bytes and "hg" not in vma.flags]
+    if not wanted:
+        return NO_RUNS
+    found = [NO_RUNS]
+    try:
+        pagemap = ps.open_pagemap(pid)
+        try:
+            for vma in wanted:
+                regions = ps.scan(pagemap, vma.start, vma.end, mask=ps.PAGE_IS_HUGE)
+                firsts = regions[:, 0] >> _SHIFT
+                found.append(np.stack((firsts, (regions[:, 1] >> _SHIFT) - firsts), axis=1))
+        finally:
+            os.close(pagemap)
+    except OSError:
+        return NO_RUNS
+    return merge_runs(np.concatenate(found))
+
+
+def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs, huge: Runs = NO_RUNS) -> CapturedSpace:
     """The frozen target's mappings.
+
+    Args:
+        huge: of `huge_runs`.
 
     Raises:
         OSError: a mapping's file cannot be looked at (needs CAP_CHECKPOINT_RESTORE for deleted ones).
@@ -86,7 +116,8 @@ def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs) -> Captur
                 flags=vma.flags,
                 file=file,
                 object=obj,
-                guards=_guards_in(vma, guards),
+                guards=_cut(vma, guards),
+                huge=_cut(vma, huge),
             )
         )
     objects.add_open_memfds()
@@ -108,11 +139,12 @@ def own_vdso() -> bytes:
     return b""
 
 
-def _guards_in(vma: Vma, guards: Runs) -> tuple[tuple[int, int], ...]:
-    if len(guards) == 0:
+def _cut(vma: Vma, runs: Runs) -> tuple[tuple[int, int], ...]:
+    """What of the runs is in the mapping, as addresses."""
+    if len(runs) == 0:
         return ()
-    starts = (guards[:, 0] << PAGE_SHIFT).tolist()
-    ends = ((guards[:, 0] + guards[:, 1]) << PAGE_SHIFT).tolist()
+    starts = (runs[:, 0] << _SHIFT).tolist()
+    ends = ((runs[:, 0] + runs[:, 1]) << _SHIFT).tolist()
     return tuple(
         (max(start, vma.start), min(end, vma.end))
         for start, end in zip(starts, ends, strict=True)
@@ -256,8 +288,6 @@ class _Objects:
 
 def data_extents(fd: int, size_bytes: int) -> Runs:
     """Page runs of a shared object that hold data (SEEK_DATA/SEEK_HOLE; lseek(2))."""
-    import numpy as np  # noqa: PLC0415 - only dumps with shared memory need it here
-
     found, at = [], 0
     while at < size_bytes:
         try:

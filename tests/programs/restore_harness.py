@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from checkpointd.state import codec
 from checkpointd.state.process import ImageState
 from checkpointd.target.files import capture_files
 from checkpointd.target.freeze import freeze
-from checkpointd.target.memory import capture_address_space, data_extents
+from checkpointd.target.memory import capture_address_space, data_extents, huge_runs
 from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
 
 _PRESENT, _SWAPPED, _FILE, _GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
@@ -48,13 +48,18 @@ class MemoryImage:
         found = sorted(n for n, data in self.content.get(obj, {}).items() if not any(data))
         return np.array(found, dtype=np.uint64) if found else NO_PAGES
 
-    def stream(self) -> Iterator[tuple[int, npt.NDArray[np.uint64], npt.NDArray[np.uint8]]]:
+    def visit(
+        self,
+        visitor: Callable[[int, npt.NDArray[np.uint64], npt.NDArray[np.uint8]], None],
+        *,
+        threads: int,
+    ) -> None:
         for obj, pages in self.content.items():
             numbers = [n for n in sorted(pages) if any(pages[n])]
             for at in range(0, len(numbers), _CHUNK_PAGES):
                 part = numbers[at : at + _CHUNK_PAGES]
                 data = np.frombuffer(b"".join(pages[n] for n in part), dtype=np.uint8)
-                yield obj, np.array(part, dtype=np.uint64), data
+                visitor(obj, np.array(part, dtype=np.uint64), data)
 
 
 @dataclass
@@ -76,7 +81,7 @@ def capture(
     with freeze(pid) as frozen:
         started = time.monotonic_ns()
         vmas = maps.read_smaps(pid)
-        space = capture_address_space(pid, vmas, _guards(pid, vmas))
+        space = capture_address_space(pid, vmas, _guards(pid, vmas), huge_runs(pid, vmas))
         with frozen.inject() as remote:
             process = capture_process(frozen, remote, memory, draft)
         files = capture_files(frozen, space.object_ids).state if with_files else None

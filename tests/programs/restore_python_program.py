@@ -39,7 +39,10 @@ def check(number: int) -> None:
         child = os.fork()
         if child == 0:
             os._exit(5)
-        assert os.waitpid(child, 0)[1] == 5 << 8
+        try:
+            assert os.waitpid(child, 0)[1] == 5 << 8
+        except ChildProcessError:
+            pass  # we were saved with the child alive or unreaped, and children are not saved
     if number % 7 == 0:
         # allocate and free: the heap and mmap must go on where they were
         _ = [bytearray(200_000) for _ in range(20)]
