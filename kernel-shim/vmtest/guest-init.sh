@@ -34,8 +34,15 @@ ln -sf /proc/self/fd/1 $root/dev/stdout
 ln -sf /proc/self/fd/2 $root/dev/stderr
 [ -e $root/dev/ptmx ] || ln -sf pts/ptmx $root/dev/ptmx
 
-# a real tmpfs, since overlayfs shows two device numbers for one mapped file; not when the work itself is there
-[ -n "$VMTEST_KEEP_TMP" ] || mount -t tmpfs -o mode=1777 tmpfs $root/tmp
+# a real tmpfs, since overlayfs shows two device numbers for one mapped file; what of the work lies there stays
+# visible
+mkdir -p /run/old-tmp
+mount --bind $root/tmp /run/old-tmp
+mount -t tmpfs -o mode=1777 tmpfs $root/tmp
+for kept in $(echo "$VMTEST_KEEP" | tr : ' '); do
+    mkdir -p "$root/tmp/$kept"
+    mount --bind "/run/old-tmp/$kept" "$root/tmp/$kept" || die "cannot keep /tmp/$kept"
+done
 mkdir -p $root/run/vmtest
 cp "$VMTEST_DIR/command" $root/run/vmtest/command || die "no command in $VMTEST_DIR"
 if [ -f "$VMTEST_DIR/share" ]; then

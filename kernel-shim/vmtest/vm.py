@@ -84,9 +84,11 @@ def _qemu_arguments(
                "rootflags=trans=virtio,version=9p2000.L,cache=loose,msize=512000",
                "panic=-1", "oops=panic",
                f"init={HERE / 'guest-init.sh'}", f"VMTEST_DIR={run_dir}", *append.split()]  # fmt: skip
+    # the guest has a /tmp of its own
     tmp = Path("/tmp")  # noqa: S108 - of the guest
-    if tmp in Path.cwd().parents or tmp in CHECKOUT.parents:
-        cmdline.append("VMTEST_KEEP_TMP=1")
+    kept = {str(path.relative_to(tmp)) for path in (Path.cwd(), CHECKOUT) if tmp in path.parents}
+    if kept:
+        cmdline.append(f"VMTEST_KEEP={':'.join(sorted(kept))}")
     arguments = [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cpus),
         "-m", str(memory_mib),

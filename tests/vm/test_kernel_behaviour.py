@@ -176,6 +176,22 @@ def test_moved_pages_read_dirty(case: Case, mode: str) -> None:
 
 @in_guest
 @both
+def test_moved_page_tables_read_clean_unless_precise(case: Case, mode: str) -> None:
+    assert case("moved_table") == {"lost": "0" if mode == "precise" else "1024"}
+
+
+@in_guest
+@both
+def test_ksm_loses_writes_and_leaves_no_trace_where_it_unshares(case: Case, mode: str) -> None:
+    """6.12 takes merged pages apart without marking them; 6.1 does it by a write fault, which marks."""
+    seen = case("ksm_unmerged")
+    assert seen["sharing"] == "1"
+    lost = int(seen["lost"])
+    assert lost >= 28 if KERNEL.startswith("6.12") else lost <= 1, seen
+
+
+@in_guest
+@both
 def test_copy_on_write_is_reported_where_it_happens(case: Case, mode: str) -> None:
     assert case("forked") == {"child": "2", "parent": "..D."}
 
@@ -194,6 +210,7 @@ def test_probe_finds_what_this_kernel_can_do() -> None:
     assert found.switch.works is PATCHED, found
     assert found.barrier.works, found
     assert not found.keeps_writes.works, found
+    assert found.marks_moves.works is PATCHED, found
     assert found.precision is (probe.Precision.PATCHED if PATCHED else probe.Precision.EMULATED)
 
 

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact soft-dirty by the patch, by emulation and not at all, on the same traces, beside uffd-wp where it works.
+
+    python -m benchmarks.precision [--backends soft-dirty,barrier-soft-dirty,...] [--seeds 3] [--cycles 6]
+
+A trace is a list of commands for tests/programs/oracle_target.c: the pattern of the mailing-list thread (new memory
+beside old), a heap that grows, holes that are filled one by one, and seeds of the oracle's random generator.  Real
+programs, CPython and redis, do the same work in each run.  At every cycle the target is frozen, the tracker collects,
+and an independent reader reads all anonymous memory: *changed* differs from the cycle before, *missed* was called clean
+and changed (must be 0), *over* was called dirty and did not.  *kernel* is what the kernel's own bits said, of all
+private memory.  VMAs are those of the target at the end, *failed* the commands of the trace that failed; what fails
+under a tracker and not untracked is its side effect.
+
+Counts, so an emulated machine will do; the time to collect is printed for what it is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from checkpointd import features
+from checkpointd.errors import CheckpointError
+from checkpointd.linux import pagemap_scan as ps
+from checkpointd.memory import Vma, VmaKind, intersect_runs, merge_runs, pages_of, runs_of
+from checkpointd.procfs import maps
+from checkpointd.target.freeze import freeze
+from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
+from checkpointd.tracking.make import make_tracker
+from tests.oracle import history, truth
+from tests.oracle.target import OracleTarget
+
+BACKENDS = ("soft-dirty", "precise-soft-dirty", "barrier-soft-dirty", "uffd-wp")
+PYTHON = """
+import sys
+table = {i: [i] * 20 for i in range(20000)}
+n = len(table)
+print("ready", flush=True)
+for line in sys.stdin:
+    for i in range(n, n + 1000):
+        table[i] = [i] * 20
+    n += 1000
+    for i in range(0, n, 997):
+        table[i][3] = n
+    print("done", flush=True)
+"""
+
+
+@dataclass
+class Row:
+    """One backend on one trace; pages summed over all cycles but the first."""
+
+    trace: str
+    backend: str
+    changed: int = 0
+    kernel: int = 0
+    dirty: int = 0
+    missed: int = 0
+    over: int = 0
+    nr_vmas: int = 0
+    failed: int = 0
+    collect_us: list[int] = field(default_factory=list)
+
+    def cells(self) -> list[object]:
+        median = int(np.median(self.collect_us)) if self.collect_us else 0
+        return [
+            self.trace, self.backend, self.changed, self.missed, self.over, self.kernel, self.nr_vmas, self.failed,
+            median,
+        ]  # fmt: skip
+
+
+class Observer:
+    """Freezes one target with one tracker and keeps what was read before."""
+
+    def __init__(self, pid: int, row: Row) -> None:
+        self.pid, self.row = pid, row
+        self._tracker: Tracker | None = None
+        self._before: truth.Contents | None = None
+
+    def look(self) -> None:
+        """One cycle."""
+        with freeze(self.pid) as frozen:
+            if self._tracker is None:
+                with frozen.inject() as remote:
+                    self._tracker, _ = make_tracker(self.row.backend, self.pid, remote, features.probe())
+            vmas = tuple(maps.read_smaps(self.pid))
+            found = self._collect(vmas)
+            seen = truth.take(self.pid).private
+        anonymous = [(vma.first_page, vma.nr_pages) for vma in vmas if vma.kind is VmaKind.ANON]
+        self._anonymous = np.array(anonymous, dtype=np.uint64).reshape(-1, 2)
+        if self._before is not None and found is not None:
+            self._judge(found, seen)
+        self._before = seen
+        self.row.nr_vmas = len(maps.read_maps(self.pid))
+
+    def _collect(self, vmas: tuple[Vma, ...]) -> Collection | None:
+        assert self._tracker is not None
+        pagemap = ps.open_pagemap(self.pid)
+        try:
+            began = time.monotonic_ns()
+            found = self._tracker.collect(Space(self.pid, pagemap, vmas))
+            if self._before is not None:
+                self.row.collect_us.append((time.monotonic_ns() - began) // 1000)
+        except TrackingLostError:
+            return None
+        finally:
+            os.close(pagemap)
+        self._tracker.commit()
+        return found
+
+    def _judge(self, found: Collection, seen: truth.Contents) -> None:
+        assert self._before is not None
+        # private pages of files are read each time, whatever the tracker
+        clean, dirty = (
+            pages_of(intersect_runs(merge_runs(runs), self._anonymous)) for runs in (found.clean, found.dirty)
+        )
+        at = np.searchsorted(self._before.pages, seen.pages)
+        at[at == len(self._before.pages)] = 0
+        known = self._before.pages[at] == seen.pages
+        same = np.zeros(len(seen.pages), dtype=bool)
+        same[known] = (self._before.data[at[known]] == seen.data[known]).all(axis=1)
+        changed = pages_of(intersect_runs(runs_of(seen.pages[~same]), self._anonymous))
+        self.row.changed += len(changed)
+        self.row.kernel += found.nr_reported
+        self.row.dirty += len(dirty)
+        self.row.missed += int(np.isin(clean, changed).sum())
+        self.row.over += int((~np.isin(dirty, changed)).sum())
+
+    def close(self) -> None:
+        if self._tracker is not None:
+            self._tracker.disarm()
+
+
+def trace_neighbour(cycles: int) -> list[str]:
+    """The thread's pattern: a page written, a mapping made beside clean memory."""
+    lines = ["map 0 anon 0 60", "write 0 fill 0 60 100", "unmap 0 part 20 40", "freeze"]
+    for n in range(cycles):
+        k, at = n % 18 + 1, 20 + 6 * n
+        lines += [
+            f"write 0 byte {3 * n} 1 {n}",
+            f"over {k} anon {at} 6 0 0",
+            f"write {k} fill 0 6 {n}",
+            "freeze",
+        ]
+    return lines
+
+
+def trace_heap(cycles: int) -> list[str]:
+    """brk grows a little each cycle."""
+    lines = ["brk 0 by 60 0 7", "freeze"]
+    for n in range(cycles):
+        lines += [f"brk 0 by 3 0 {n}", "freeze"]
+    return lines
+
+
+def trace_holes(cycles: int) -> list[str]:
+    """Every other page is a hole; each cycle fills some of them."""
+    lines = ["map 0 anon 0 60", "write 0 fill 0 60 100"]
+    lines += [f"unmap 0 part {n} 1" for n in range(1, 60, 2)]
+    lines += ["freeze"]
+    for n in range(cycles):
+        for hole in range(1 + 2 * n, 60, 2 * cycles):
+            lines += [f"over {1 + hole % 18} anon {hole} 1 0 0", f"write {1 + hole % 18} fill 0 1 {n}"]
+        lines += ["freeze"]
+    return lines
+
+
+def play(name: str, lines: Sequence[str], backend: str) -> Row:
+    """One trace under one backend; "" is untracked and only counts failures."""
+    row = Row(name, backend)
+    with OracleTarget() as target:
+        observer = Observer(target.pid, row)
+        try:
+            for line in lines:
+                if line.split()[0].endswith("freeze"):
+                    target.settle()
+                    if backend:
+                        observer.look()
+                elif target.play(line) < 0:
+                    row.failed += 1
+        finally:
+            observer.close()
+    return row
+
+
+@contextlib.contextmanager
+def running(argv: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(argv, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def program_python(backend: str, cycles: int) -> Row:
+    row = Row("CPython, growing dict", backend)
+    with running([sys.executable, "-c", PYTHON]) as child:
+        assert child.stdin and child.stdout
+        child.stdout.readline()
+        observer = Observer(child.pid, row)
+        observer.look()
+        for _ in range(cycles):
+            child.stdin.write("go\n")
+            child.stdin.flush()
+            child.stdout.readline()
+            observer.look()
+        observer.close()
+    return row
+
+
+def program_redis(backend: str, cycles: int) -> Row:
+    row = Row("redis, 500 new keys a cycle", backend)
+    directory = tempfile.mkdtemp(prefix="precision-")
+    path = Path(directory) / "s"
+    argv = ["redis-server", "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", directory]
+    done = 0
+
+    def fill(count: int) -> None:
+        nonlocal done
+        text = "".join(f"SET key:{n} {'x' * 100}{n}\n" for n in range(done, done + count))
+        done += count
+        subprocess.run(
+            ["redis-cli", "-s", str(path)], input=text, text=True, stdout=subprocess.DEVNULL, check=True
+        )
+
+    try:
+        with running(argv) as server:
+            while not path.exists():
+                time.sleep(0.05)
+            fill(5000)
+            observer = Observer(server.pid, row)
+            observer.look()
+            for _ in range(cycles):
+                fill(500)
+                observer.look()
+            observer.close()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.precision", description="Page sets side by side."
+    )
+    parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser.add_argument("--seeds", type=int, default=3, help="histories of the random generator")
+    parser.add_argument("--cycles", type=int, default=6)
+    parser.add_argument("--without", default="", help="leave these out: traces, random, python, redis")
+    args = parser.parse_args()
+    left_out = set(args.without.split(","))
+    jobs: list[tuple[str, Callable[[str], Row]]] = []
+
+    def add(name: str, lines: list[str]) -> None:
+        jobs.append((name, lambda backend: play(name, lines, backend)))
+
+    if "traces" not in left_out:
+        for make in (trace_neighbour, trace_heap, trace_holes):
+            add(make.__name__.removeprefix("trace_"), make(args.cycles))
+    if "random" not in left_out:
+        for seed in range(1, args.seeds + 1):
+            lines = history.generate(seed, nr_freezes=args.cycles, ops_per_freeze=30)
+            add(
+                f"random {seed}",
+                [line for line in lines if line.split()[0] not in ("ring", "uffd", "stormfreeze")],
+            )
+    if "python" not in left_out:
+        jobs.append(("python", lambda backend: program_python(backend, args.cycles)))
+    if "redis" not in left_out and shutil.which("redis-server"):
+        jobs.append(("redis", lambda backend: program_redis(backend, args.cycles)))
+    print(f"kernel {os.uname().release}")
+    print("| trace | backend | changed | missed | over | kernel | VMAs | failed | collect us |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    missed = 0
+    for name, job in jobs:
+        if name not in ("python", "redis"):
+            untracked = job("")
+            print(f"| {name} | untracked | | | | | | {untracked.failed} | |", flush=True)
+        for backend in args.backends.split(","):
+            try:
+                row = job(backend)
+            except CheckpointError as error:
+                print(f"| {name} | {backend} | {error.message} |", flush=True)
+                continue
+            missed += row.missed
+            print("| " + " | ".join(str(cell) for cell in row.cells()) + " |", flush=True)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
