@@ -74,6 +74,8 @@ class Nr(enum.IntEnum):
     EPOLL_WAIT = 232
     IOPRIO_SET = 251
     IOPRIO_GET = 252
+    OPENAT = 257
+    UNSHARE = 272
     SET_ROBUST_LIST = 273
     GET_ROBUST_LIST = 274
     EPOLL_PWAIT = 281

@@ -94,6 +94,29 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
+def time_offsets(pid: int) -> tuple[int, int]:
+    """What the process's time namespace adds to CLOCK_MONOTONIC and CLOCK_BOOTTIME, ns; (0, 0) without any.
+
+    Those of its future children, if it has made a namespace for them.  Source: time_namespaces(7).
+    """
+    try:
+        with open(f"/proc/{pid}/timens_offsets", "rb") as file:
+            return parse_time_offsets(file.read())
+    except FileNotFoundError:
+        if os.path.exists(f"/proc/{pid}"):
+            return 0, 0  # a kernel without time namespaces
+        raise
+
+
+def parse_time_offsets(text: bytes) -> tuple[int, int]:
+    """Lines of `monotonic SECONDS NANOSECONDS` and `boottime SECONDS NANOSECONDS`."""
+    found = {}
+    for line in text.splitlines():
+        name, seconds, nanoseconds = line.split()
+        found[name] = int(seconds) * 1_000_000_000 + int(nanoseconds)
+    return found.get(b"monotonic", 0), found.get(b"boottime", 0)
+
+
 def identity(pid: int) -> ProcessIdentity:
     return ProcessIdentity(pid, read_stat(pid).starttime, boot_id())
 

@@ -21,7 +21,7 @@ from checkpointd.restore.credentials import missing_rights
 from checkpointd.restore.plan import FdKey
 from checkpointd.restore.spawn import holder_of, is_dying
 from checkpointd.state.memory import AddressSpace, FileIdentity
-from checkpointd.state.process import ImageState, ProcessState
+from checkpointd.state.process import Host, ImageState, ProcessState
 from checkpointd.state.threads import Credentials
 from checkpointd.target.memory import own_vdso
 from checkpointd.target.threads import read_credentials
@@ -155,14 +155,32 @@ def _compare(identity: FileIdentity, found: os.stat_result, *, is_private: bool)
     return ""
 
 
+def wanted_time_offsets(host: Host, boot_id: str) -> tuple[int, int] | None:
+    """Of the time namespace in which the clocks go on for the process; None when ours is right.
+
+    In the same boot they are what they were.  In another boot, or on another host, the clocks go on from where they
+    were at the dump, as if no time had passed: what it remembers of them (sleeps and timeouts that are points in
+    time) stays true.
+    """
+    ours = process.time_offsets(os.getpid())
+    if host.boot_id == boot_id:
+        return None if host.time_offsets_ns == ours else host.time_offsets_ns
+    return (
+        ours[0] + host.monotonic_ns - time.monotonic_ns(),
+        ours[1] + host.boottime_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+    )
+
+
 def clock_warnings(state: ProcessState, boot_id: str) -> list[str]:
-    """Absolute times of another boot mean nothing here."""
-    if state.host.boot_id == boot_id:
-        return []
-    found = ["it was saved in another boot: what it remembers of the monotonic clock jumps"]
+    """For a process that could not have its clocks back."""
+    when = "in another boot" if state.host.boot_id != boot_id else "in another time namespace"
+    found = [
+        f"it was saved {when}, and a time namespace of its own cannot be made here (Linux 6.3, CAP_SYS_ADMIN and "
+        "CAP_SYS_TIME): the monotonic clock jumps for it"
+    ]
     for thread in state.threads:
         if thread.sleep is not None and thread.sleep.nr == Nr.FUTEX and thread.sleep.remaining_ns is None:
-            found.append(f"thread {thread.tid} waits until a time of the old boot's clock")
+            found.append(f"thread {thread.tid} waits until a time of that clock")
     return found
 
 

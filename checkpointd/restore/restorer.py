@@ -28,7 +28,7 @@ import os
 import signal as signals_of_python
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from checkpointd.errors import CheckpointError, RestoreConflict, Unsupported
 from checkpointd.linux import prctl, ptrace
@@ -43,7 +43,7 @@ from checkpointd.restore.files import FilesContext, after_credentials, check_fil
 from checkpointd.restore.fill import PageSource, fill
 from checkpointd.restore.objects import Objects, open_file
 from checkpointd.restore.plan import Step
-from checkpointd.restore.spawn import ADDR_COMPAT_LAYOUT, Birth, spawn
+from checkpointd.restore.spawn import ADDR_COMPAT_LAYOUT, Birth, has_time_offsets, spawn
 from checkpointd.restore.stub import WORK_BYTES, StepFailedError, Stub
 from checkpointd.restore.surroundings import schedule, set_limits, set_program, set_surroundings
 from checkpointd.state.files import FilesOptions
@@ -226,7 +226,7 @@ class _Restorer:
                 "restore again",
                 conflicts=conflicts,
             )
-        self.warnings += [*state.warnings, *checks.clock_warnings(state, self.boot_id)]
+        self.warnings += state.warnings
         self._mark("check")
 
     def _open_exe(self) -> int | None:
@@ -247,9 +247,17 @@ class _Restorer:
             stack_limit=plan.stack_limit(self.space, state.layout.start_stack),
             personality=state.personality & ADDR_COMPAT_LAYOUT,
             fds=fds,
+            time_offsets_ns=checks.wanted_time_offsets(state.host, self.boot_id),
         )
+        wait_s = self.options.wait_for_ids_s
         try:
-            stub = spawn(birth, wait_s=self.options.wait_for_ids_s)
+            stub = spawn(birth, wait_s=wait_s)
+            wanted = birth.time_offsets_ns
+            if wanted is not None and not has_time_offsets(stub.pid, wanted):
+                stub.destroy()
+                stub.close()
+                self.warnings += checks.clock_warnings(state, self.boot_id)
+                stub = spawn(replace(birth, time_offsets_ns=None), wait_s=wait_s)
         except OSError as error:
             raise CheckpointError(
                 f"no process could be made: {error}", hint="check limits on processes (ulimit -u, pids.max)"

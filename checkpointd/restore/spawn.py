@@ -34,7 +34,9 @@ from checkpointd.restore.stub import Stub
 
 ADDR_NO_RANDOMIZE = 0x40000
 ADDR_COMPAT_LAYOUT = 0x200000
-_AT_EMPTY_PATH = 0x1000
+_AT_EMPTY_PATH, _AT_FDCWD = 0x1000, -100
+_CLONE_NEWTIME = 0x80
+_NS_PER_S = 1_000_000_000
 _CLOSE_RANGE_CLOEXEC = 4
 _F_SETFD = 2
 _SIGALRM, _SIGCHLD = 14, 17
@@ -58,6 +60,8 @@ class Birth:
         stack_limit: RLIMIT_STACK at its exec; None leaves ours.
         personality: flags besides ADDR_NO_RANDOMIZE.
         fds: descriptors of ours that it shall have under the same numbers.
+        time_offsets_ns: for CLOCK_MONOTONIC and CLOCK_BOOTTIME, in a time namespace of its own; None: in ours.
+            Best effort: needs CAP_SYS_ADMIN and CAP_SYS_TIME, and Linux 6.3, which enters it at the exec.
     """
 
     pid: int
@@ -66,6 +70,7 @@ class Birth:
     stack_limit: int | None
     personality: int
     fds: Sequence[int]
+    time_offsets_ns: tuple[int, int] | None = None
 
 
 class _Tables:
@@ -153,6 +158,8 @@ def _spawn_once(birth: Birth) -> Stub:
             set_tid_at=tables.put(struct.pack("=i", birth.sid)) if birth.sid else 0,
         )
         helper_calls = [clone.pack_entry(Nr.SETSID, ())] if birth.sid else []
+        if birth.time_offsets_ns is not None:
+            helper_calls += _time_calls(birth, tables)
         helper_calls.append(
             clone.pack_entry(Nr.CLONE3, (tables.put(stub_args), clone.CLONE_ARGS_BYTES), result=0)
         )
@@ -192,6 +199,31 @@ def _check_table(table: bytearray) -> None:
         result = clone.entry_result(table, index)
         if result < 0 and not may_fail:
             raise OSError(-result, f"{Nr(nr).name.lower()} of a new process: {os.strerror(-result)}")
+
+
+def _time_calls(birth: Birth, tables: _Tables) -> list[bytes]:
+    """Of the helper, whose descriptors are its own: a time namespace for its child.
+
+    Number 0 is freed first, so that the file that is opened next has it.
+    """
+    if 0 in birth.fds:
+        return []
+    names = zip(("monotonic", "boottime"), birth.time_offsets_ns or (), strict=True)
+    text = "".join(f"{name} {ns // _NS_PER_S} {ns % _NS_PER_S}\n" for name, ns in names).encode()
+    return [
+        clone.pack_entry(Nr.CLOSE, (0,), may_fail=True),
+        clone.pack_entry(Nr.UNSHARE, (_CLONE_NEWTIME,), may_fail=True),
+        clone.pack_entry(
+            Nr.OPENAT, (_AT_FDCWD, tables.put(b"/proc/self/timens_offsets\0"), os.O_WRONLY, 0), may_fail=True
+        ),
+        clone.pack_entry(Nr.WRITE, (0, tables.put(text), len(text)), may_fail=True),
+    ]
+
+
+def has_time_offsets(pid: int, wanted: tuple[int, int]) -> bool:
+    """Has the process these offsets, and will its children have the same?"""
+    where = f"/proc/{pid}/ns/time"
+    return process.time_offsets(pid) == wanted and os.readlink(where) == os.readlink(f"{where}_for_children")
 
 
 def _stub_calls(birth: Birth, memfd: int, tables: _Tables) -> list[bytes]:

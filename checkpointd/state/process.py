@@ -57,7 +57,12 @@ class Cpu:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Where and when the image was taken.  `monotonic_ns` and `boottime_ns` compare within `boot_id` only."""
+    """Where and when the image was taken.
+
+    Attributes:
+        monotonic_ns, boottime_ns: the clocks as the process saw them; they compare within `boot_id` only.
+        time_offsets_ns: what its time namespace added to these two.
+    """
 
     hostname: str
     kernel: str
@@ -65,6 +70,7 @@ class Host:
     realtime_ns: int
     monotonic_ns: int
     boottime_ns: int
+    time_offsets_ns: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,8 +42,8 @@ __all__ = [
     "vma_blockers",
 ]
 
-_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
-_MUST_BE_OURS = ("ipc", "mnt", "net", "pid", "time", "user", "uts")
+_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "time_for_children", "user", "uts")
+_MUST_BE_OURS = ("ipc", "mnt", "net", "pid", "user", "uts")
 _MEMBARRIER_GET_REGISTRATIONS = 512
 _XSTATE_MASK_AT = 464  # sw_reserved bytes of the legacy area: XCR0 (Linux arch/x86/kernel/fpu/regset.c)
 _EI_CLASS, _ELFCLASS64 = 4, 2
@@ -126,6 +126,10 @@ def _fill(draft: ProcessDraft, vmas: Iterable[Vma]) -> None:
                 f"it is in another {kind} namespace ({draft.namespaces[kind]}) than checkpointd; "
                 "run checkpointd inside it"
             )
+    if draft.namespaces.get("time") != draft.namespaces.get("time_for_children"):
+        draft.blockers.append(
+            "it has made a time namespace for its children (unshare), which is not restored"
+        )
     draft.blockers += _seccomp_blockers(pid)
     draft.blockers += vma_blockers(vmas)
     draft.blockers += _feature_blockers(status)
@@ -289,7 +293,7 @@ def capture_process(
             membarrier=asked.membarrier,
             namespaces=draft.namespaces,
             cpu=cpu_of(threads[0].xstate, threads[0].xstate_size_bytes, asked.xcomp_permitted),
-            host=host(draft.boot_id or process.boot_id()),
+            host=host(pid, draft.boot_id or process.boot_id()),
             stopped=any(thread.group_stopped for thread in frozen.threads.values()),
             threads=threads,
             signals=signals,
@@ -305,15 +309,18 @@ def cpu_of(xstate: bytes, xstate_size_bytes: int, xcomp_permitted: int = 0) -> C
     return Cpu(mask, xstate_size_bytes, cpu_flags(), xcomp_permitted)
 
 
-def host(boot_id: str) -> Host:
+def host(pid: int, boot_id: str) -> Host:
+    """Here and now, by the clocks of the process."""
     name = os.uname()
+    offsets, ours = process.time_offsets(pid), process.time_offsets(os.getpid())
     return Host(
         hostname=socket.gethostname(),
         kernel=f"{name.release} {name.version}",
         boot_id=boot_id,
         realtime_ns=time.time_ns(),
-        monotonic_ns=time.monotonic_ns(),
-        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        monotonic_ns=time.monotonic_ns() + offsets[0] - ours[0],
+        boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + offsets[1] - ours[1],
+        time_offsets_ns=offsets,
     )
 
 
