@@ -21,18 +21,18 @@ from typing import Any
 
 from checkpointd import features, tracepoint
 from checkpointd.dump.targets import pinned_runs
-from checkpointd.errors import Cancelled, KernelLacks, TargetExeced, TargetGone, UsageError
+from checkpointd.errors import Cancelled, CheckpointError, KernelLacks, TargetExeced, TargetGone, UsageError
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.linux import pidfd
 from checkpointd.measure.plan import PASSIVE, Plan, plan_runs
-from checkpointd.measure.reader import ReaderProcess
-from checkpointd.memory import nr_pages_in
+from checkpointd.measure.reader import BIT, ReaderProcess
+from checkpointd.memory import NO_RUNS, nr_pages_in
 from checkpointd.procfs import maps, process
 from checkpointd.report import record
 from checkpointd.target.freeze import Frozen, freeze
 from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
 from checkpointd.tracking.content import ContentTracker
-from checkpointd.tracking.make import make_tracker, sight_of
+from checkpointd.tracking.make import make_tracker, needs_switch_off, sight_of, switch_off
 from checkpointd.version import VERSION
 
 Emit = Callable[[dict[str, Any]], None]
@@ -193,6 +193,10 @@ class _Measuring:
                 with contextlib.suppress(OSError):
                     tracker.disarm()
             reader.close()
+            if any(needs_switch_off(tracker) for tracker in trackers.values()):
+                with contextlib.suppress(CheckpointError, OSError), freeze(self.pid) as frozen:
+                    with frozen.inject() as remote:
+                        switch_off(remote)
 
     def _mark(self, number: int, epoch: int, edge: str) -> None:
         """Tell that the target runs undisturbed from here, or to here; 0 is the time before it is tracked."""
@@ -243,6 +247,7 @@ class _Measuring:
             self._check_same_process()
             reports, times = self._frozen(frozen, epoch, names, trackers, reader, draft)
             facts["nr_threads"] = len(frozen.threads)
+            facts["nr_vmas_after"] = times.pop("vmas")
             facts["freezing_us"] = frozen.freezing_time_us
             frozen.thaw()
             facts["frozen_us"] = (time.monotonic_ns() - frozen.frozen_at_ns) // 1000
@@ -254,16 +259,18 @@ class _Measuring:
         found, verdicts = reader.settle(reports)
         self._emit({**facts, **found})
         for report, verdict in zip(reports, verdicts, strict=False):
-            self._nr_missed += verdict["pages_missed"]
+            advisory = report["backend"].endswith(BIT)
+            self._nr_missed += 0 if advisory else verdict["pages_missed"]
             self._emit(
                 {
                     "type": "backend",
                     "run": number,
                     "epoch": epoch,
                     "backend": report["backend"],
+                    "advisory": advisory,
                     "lost": report["lost"],
                     "kernel_reported": report["kernel_reported"],
-                    "collect_us": times[f"collect {report['backend']}"],
+                    "collect_us": times.get(f"collect {report['backend']}"),
                     "copy_us": times.get(f"copy {report['backend']}"),
                     **verdict,
                 }
@@ -280,10 +287,10 @@ class _Measuring:
     ) -> tuple[list[dict[str, Any]], dict[str, int]]:
         times: dict[str, int] = {}
         begun = time.monotonic_ns()
-        reader.look()
-        truth_ns = time.monotonic_ns() - begun
         # flags decide what soft-dirty bits mean, so those must be of this moment
         soft = any("soft-dirty" in name for name in names)
+        reader.look(bits=soft and epoch > 0)
+        truth_ns = time.monotonic_ns() - begun
         vmas = tuple(maps.read_smaps(self.pid)) if soft else maps.settled_vmas(self.pid, draft)
         if not vmas:
             raise TargetGone(f"process {self.pid} has no address space (it is exiting)", pid=self.pid)
@@ -312,10 +319,15 @@ class _Measuring:
                         "kernel_reported": found.nr_reported,
                     }
                 )
+                if "soft-dirty" in name:
+                    bit = {"backend": name + BIT, "clean": NO_RUNS, "dirty": NO_RUNS, "forced": NO_RUNS}
+                    reports.append({**bit, "lost": False, "kernel_reported": found.nr_reported})
         finally:
             os.close(pagemap)
         begun = time.monotonic_ns()
         reader.read()
+        with open(f"/proc/{self.pid}/maps", "rb") as file:
+            times["vmas"] = file.read().count(b"\n")  # clearing may have merged some
         times["truth"] = (truth_ns + time.monotonic_ns() - begun) // 1000
         if epoch:
             for report in reports:

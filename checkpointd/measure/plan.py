@@ -3,8 +3,8 @@
 
 `content` only reads, so it runs beside every other.  All others are alone: they share the state they look at.
 A userfaultfd registration keeps new VMAs from merging into old ones, which is just what plain soft-dirty suffers
-from: beside uffd-wp it would look as exact as the merge barrier makes it (measured: tests/vm).  The soft-dirty
-backends share one bit per page and one clear for the whole process.
+from: beside uffd-wp it would look as exact as barrier-soft-dirty is, which is nothing but that registration.  The
+soft-dirty backends share one bit per page and one clear for the whole process.
 """
 
 from __future__ import annotations

@@ -32,6 +32,9 @@ from checkpointd.memory import Runs, pages_of
 _CHUNK = 2048  # pages compared at a time
 _KEEP_COMPRESSED_BELOW = 0.95  # as the image room stores a block
 _LINE = 64
+BIT = " bit"
+"""Ends the name of what is no backend: the kernel's soft-dirty bits believed as they are, beside the backend of that
+name, which knows when not to believe them."""
 _HEAT_CELLS = 2048
 _HEAT_PAGES = 16
 
@@ -57,9 +60,9 @@ class ReaderProcess:
         """
         self._ask("prepare")
 
-    def look(self) -> None:
-        """In the freeze, before any tracker collects: the mappings and their flags."""
-        self._ask("look")
+    def look(self, *, bits: bool = False) -> None:
+        """In the freeze, before any tracker collects: the mappings, their flags and perhaps the soft-dirty bits."""
+        self._ask("look", bits)
 
     def read(self) -> None:
         """In the freeze: all memory."""
@@ -108,6 +111,7 @@ class _Server:
         self._pid = pid
         self._reader = Reader(pid)
         self._mappings: list[Mapping] = []
+        self._bits: tuple[U64, Bools] | None = None
         self._before = Reading()
         self._now = Reading()
         self._before_digests = np.zeros((0, 2), dtype=np.uint64)
@@ -128,8 +132,9 @@ class _Server:
             )
         self._reader.reserve(nr_pages + 256)
 
-    def look(self) -> None:
+    def look(self, bits: bool = False) -> None:
         self._mappings = self._reader.mappings()
+        self._bits = self._reader.soft_dirty(self._mappings) if bits else None
 
     def read(self) -> None:
         self._now = self._reader.read(self._mappings)
@@ -174,8 +179,8 @@ class _Server:
         )
         changed = truth.changed()
         sizes = _Sizes(now, zero_now, self._compressor)
-        bytes_stored = sizes.of(changed)
         first = len(before.pages) == 0
+        bytes_stored = 0 if first else sizes.of(changed)  # a full read is no increment
         epoch = {
             "pages_held": len(now.pages),
             "pages_zero": int(zero_now.sum()),
@@ -185,11 +190,13 @@ class _Server:
             "pages_unreadable": now.nr_unreadable,
             "nr_vmas": len(self._mappings),
             "bytes_raw": len(changed) * PAGE,
-            "bytes_stored": bytes_stored,
+            "bytes_stored": None if first else bytes_stored,
             "lines_changed": int(lines.sum()),
             "bytes_lines": int(lines.sum()) * _LINE + 8 * len(written_now),
             "bytes_written_stored": sizes.of(truth.written),
-            "bytes_xor": 0 if first else self._xor(before.data, both_before[differs], now.data, written_now),
+            "bytes_xor": None
+            if first
+            else self._xor(before.data, both_before[differs], now.data, written_now),
             "mappings": _mapping_rows(truth, changed),
             "objects": list(self._reader.names),
             **_heat(changed),
@@ -204,6 +211,9 @@ class _Server:
         self, truth: Truth, sizes: _Sizes, given: dict[str, Any], digests: U64, bytes_stored: int
     ) -> dict[str, Any]:
         clean, dirty, forced = (pages_of(given[name]) for name in ("clean", "dirty", "forced"))
+        if given["backend"].endswith(BIT) and self._bits is not None:
+            pages, marked = self._bits
+            clean, dirty = pages[~marked], pages[marked]
         by_content = given["backend"] == "content"
         if by_content:
             # what the image room does with "everything may have changed": compare digests

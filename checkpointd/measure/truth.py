@@ -17,7 +17,7 @@ import errno
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +40,7 @@ _PRESENT = np.uint64(1 << 63)
 _SWAPPED = np.uint64(1 << 62)
 _FILE_OR_SHARED = np.uint64(1 << 61)
 _GUARD = np.uint64(1 << 58)
+_SOFT_DIRTY = np.uint64(1 << 55)
 _ENTRY = np.uint64((1 << 55) - 1)
 _MARKER = np.uint64(31)  # the swap type of pte markers: no data behind it
 
@@ -170,6 +171,20 @@ class Reader:
             numbers, data = numbers[keep], data[keep]
         return Reading(numbers, data, len(unreadable))
 
+    def soft_dirty(self, mappings: Sequence[Mapping]) -> tuple[U64, Bools]:
+        """Private pages that hold data, and which of them the kernel calls soft-dirty.  Before anybody clears."""
+        numbers, marks = [NO_PAGES], [np.zeros(0, dtype=bool)]
+        pagemap = os.open(f"/proc/{self.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for mapping in mappings:
+                if mapping.resident and not mapping.shared and not mapping.path.startswith(_NEVER):
+                    for pages, words in _own_words(pagemap, mapping):
+                        numbers.append(pages)
+                        marks.append((words & _SOFT_DIRTY) != 0)
+        finally:
+            os.close(pagemap)
+        return np.concatenate(numbers), np.concatenate(marks)
+
     def _find(self, mappings: Sequence[Mapping]) -> tuple[U64, list[tuple[U64, str]]]:
         """Numbers of all pages that hold data, and per file to read: the pages there, in the same order."""
         private: list[U64] = []
@@ -217,6 +232,12 @@ class Reader:
 
 def _own_pages(pagemap: int, mapping: Mapping) -> U64:
     """Private pages of a VMA that hold data of their own."""
+    parts = [pages for pages, _ in _own_words(pagemap, mapping)]
+    return np.concatenate(parts) if parts else NO_PAGES
+
+
+def _own_words(pagemap: int, mapping: Mapping) -> Iterator[tuple[U64, U64]]:
+    """Those pages, and their words, piece by piece."""
     first, last = mapping.start // PAGE, mapping.end // PAGE
     ranges = [(first, last)]
     if last - first >= _SPARSE_PAGES:
@@ -228,7 +249,6 @@ def _own_pages(pagemap: int, mapping: Mapping) -> U64:
                 raise
         else:
             ranges = [(start // PAGE, end // PAGE) for start, end, _ in found.tolist()]
-    parts: list[U64] = []
     for start, end in ranges:
         for at in range(start, end, _WORDS):
             raw = os.pread(pagemap, min(_WORDS, end - at) * 8, at * 8)
@@ -238,8 +258,7 @@ def _own_pages(pagemap: int, mapping: Mapping) -> U64:
             swapped = ((words & _SWAPPED) != 0) & ~present & ((words & _GUARD) == 0)
             swapped &= (entry == 0) | ((entry & _MARKER) != _MARKER)
             own = (present & ((words & _FILE_OR_SHARED) == 0)) | swapped
-            parts.append(np.flatnonzero(own).astype(np.uint64) + np.uint64(at))
-    return np.concatenate(parts) if parts else NO_PAGES
+            yield np.flatnonzero(own).astype(np.uint64) + np.uint64(at), words[own]
 
 
 def _data_pages(fd: int, size_bytes: int) -> U64:

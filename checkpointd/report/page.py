@@ -52,7 +52,13 @@ footer{color:var(--faint);font-size:13px;margin-top:28px}
     for n in range(7)
 )
 
-_COLOURS = {"uffd-wp": "c0", "content": "c1", "soft-dirty": "c2", "precise-soft-dirty": "c3"}
+_COLOURS = {
+    "uffd-wp": "c0",
+    "content": "c1",
+    "soft-dirty": "c2",
+    "precise-soft-dirty": "c3",
+    "barrier-soft-dirty": "c4",
+}
 _CAUSE_COLOURS = dict(zip(CAUSES, ("c0", "c1", "c6", "c3", "c2", "c4", "c5"), strict=True))
 
 _CAUSE_WORDS = {
@@ -80,9 +86,7 @@ def html(measurement: Measurement) -> str:
 
 
 def _colour(name: str) -> str:
-    if name in _COLOURS:
-        return _COLOURS[name]
-    return f"c{4 + sum(name.encode()) % 3}"
+    return _COLOURS.get(name, "c6")
 
 
 def _parts(measurement: Measurement, found: Summary) -> Iterator[str]:
@@ -136,7 +140,7 @@ def _tiles(found: Summary) -> str:
     for b in found.backends:
         over = MISSING if b.over_ratio is None else f"{100 * b.over_ratio:+.1f} %"
         tiles.append((over, f"over-reported by {b.name}"))
-    missed = sum(b.missed for b in found.backends)
+    missed = sum(b.missed for b in found.backends if not b.advisory)
     tiles.append((str(missed), "changed pages missed, all backends"))
     cells = [f'<div class="tile"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in tiles[:-1]]
     css = "no" if missed else "ok"
@@ -194,7 +198,7 @@ def _backend_table(backends: Sequence[BackendSummary]) -> str:
             size(b.bytes_raw.mean),
             size(b.bytes_packed.mean),
             size(b.bytes_stored.mean),
-            time(b.collect_us.mean),
+            MISSING if b.collect_us is None else time(b.collect_us.mean),
             MISSING if b.frozen_us is None else time(b.frozen_us.mean),
         )
         for b in backends

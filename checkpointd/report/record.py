@@ -53,8 +53,13 @@ class Measurement:
 
     @property
     def nr_missed(self) -> int:
+        """Over all backends but those that only show what the kernel's bits would have said."""
         return sum(
-            r["pages_missed"] for run in self.runs for by in run.backends.values() for r in by.values()
+            record["pages_missed"]
+            for run in self.runs
+            for records in run.backends.values()
+            for record in records.values()
+            if not record.get("advisory")
         )
 
     def backends(self) -> list[tuple[str, Run]]:

@@ -45,6 +45,7 @@ class BackendSummary:
 
     name: str
     run: int
+    advisory: bool
     nr_epochs: int
     read: Spread
     reported: Spread
@@ -55,7 +56,7 @@ class BackendSummary:
     bytes_raw: Spread
     bytes_packed: Spread
     bytes_stored: Spread
-    collect_us: Spread
+    collect_us: Spread | None
     copy_us: Spread | None
     frozen_us: Spread | None
     """Freeze without the full read, with the copy of what is reported: what a dump would have had."""
@@ -78,6 +79,7 @@ class RunSummary:
     held: Spread
     changed: Spread
     vmas: Spread
+    vmas_after: Spread | None
     first_vmas: int
     last_vmas: int
     freezing_us: Spread
@@ -160,12 +162,13 @@ def _backend(name: str, run: Run) -> BackendSummary:
     frozen = []
     for number, record in sorted(run.backends[name].items()):
         epoch = run.epochs.get(number)
-        if epoch is not None and record["copy_us"] is not None and len(run.backends) <= 2:
-            others = sum(other[number]["collect_us"] for key, other in run.backends.items() if key != name)
+        if epoch is not None and record["copy_us"] is not None:
+            others = sum(o[number]["collect_us"] or 0 for key, o in run.backends.items() if key != name)
             frozen.append(epoch["frozen_us"] - epoch["truth_us"] - others + record["copy_us"])
     return BackendSummary(
         name=name,
         run=run.number,
+        advisory=bool(records[0].get("advisory")),
         nr_epochs=len(records),
         read=_spread(records, "pages_read"),
         reported=_spread(records, "pages_reported"),
@@ -176,7 +179,7 @@ def _backend(name: str, run: Run) -> BackendSummary:
         bytes_raw=_spread(records, "bytes_raw"),
         bytes_packed=_spread(records, "bytes_packed"),
         bytes_stored=_spread(records, "bytes_stored"),
-        collect_us=_spread(records, "collect_us"),
+        collect_us=Spread.of(record["collect_us"] for record in records),
         copy_us=Spread.of(record["copy_us"] for record in records),
         frozen_us=Spread.of(frozen),
         causes={c: sum(r["causes"][c] for r in records) / len(records) for c in CAUSES},
@@ -214,6 +217,7 @@ def _run(run: Run) -> RunSummary:
         held=_spread(epochs, "pages_held"),
         changed=_spread(epochs, "pages_changed"),
         vmas=_spread(epochs, "nr_vmas"),
+        vmas_after=Spread.of(epoch.get("nr_vmas_after") for epoch in epochs),
         first_vmas=run.epochs[0]["nr_vmas"] if 0 in run.epochs else epochs[0]["nr_vmas"],
         last_vmas=epochs[-1]["nr_vmas"],
         freezing_us=_spread(epochs, "freezing_us"),

@@ -89,7 +89,7 @@ def area(pages):
     return [int(page) - FIRST for page in pages if FIRST <= page < LAST]
 
 
-def measured(target, *epochs, backends=()):
+def measured(target, *epochs, backends=("uffd-wp", "content")):
     """Each epoch is a tuple of lines for the target; what was seen in each."""
     records = []
 

@@ -21,6 +21,7 @@ TESTS = (
     "tests/vm/test_kernel_emulation.py",
     "tests/contract/test_trackers.py",
     "tests/vm/test_dumps.py",
+    "tests/vm/test_kernel_measure.py",
 )
 EVERYWHERE = ("root", "ptrace", "gcc", "set_tid", "soft_dirty", "merge_barrier", "ksm", "hugetlb")
 
