@@ -18,15 +18,25 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from kernel_shim.limits import Headroom, read_max_map_count
 
 from checkpointd import features, tracepoint
+from checkpointd.dump.division import (
+    CopyLacksPagesError,
+    check_complete,
+    fork_pays,
+    joined,
+    runs_of_range,
+    split_by_code,
+    split_for_fork,
+    with_guards,
+)
+from checkpointd.dump.options import DumpOptions
 from checkpointd.dump.pages import CopyRequest, Heard, PageWorker
-from checkpointd.dump.targets import pinned_runs
+from checkpointd.dump.targets import KnownAlone, pinned_runs
 from checkpointd.errors import (
     Busy,
     Cancelled,
@@ -46,7 +56,6 @@ from checkpointd.memory import (
     PRIVATE_OBJECT,
     Runs,
     Vma,
-    VmaKind,
     intersect_runs,
     merge_runs,
     nr_pages_in,
@@ -54,41 +63,27 @@ from checkpointd.memory import (
 )
 from checkpointd.procfs import maps, process
 from checkpointd.state import codec
-from checkpointd.state.files import FilesOptions
 from checkpointd.state.process import ImageState
 from checkpointd.stats import DumpStats
 from checkpointd.target.files import CapturedFiles, FilesDraft, capture_files, prepare_files
 from checkpointd.target.fork import ForkedCopy
 from checkpointd.target.freeze import Frozen, freeze
+from checkpointd.target.inject import Injection
 from checkpointd.target.memory import CapturedSpace, capture_address_space, data_extents, huge_runs
 from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
 from checkpointd.target.remote import Remote
 from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
+from checkpointd.tracking.content import ContentTracker
 from checkpointd.tracking.make import make_tracker, needs_switch_off, switch_is_on, switch_off
 from checkpointd.tracking.select import Choice
+from checkpointd.tracking.uffd_wp import UffdWpTracker
 
-FORK_ABOVE_PAGES = 25_600
-"""100 MiB: above it a forked copy stops the target for less time than a stopped read (injection facts, 10)."""
+_SPARE_PAGES = 1024  # dirtied between the count before the freeze and the freeze
+
+__all__ = ["DumpOptions", "Dumper", "dumper"]
 
 Report = Callable[[str, int, int], None]
 """(phase, done, total)"""
-
-
-@dataclass(frozen=True, slots=True)
-class DumpOptions:
-    """What one dump is asked to do; see `checkpointd.agent.protocol.DumpArgs`."""
-
-    store: str
-    incremental: bool = False
-    backend: str = "auto"
-    kill: bool = False
-    max_frozen_us: int = 0
-    compress: str = ""
-    tag: str = ""
-    parent: str = ""
-    read_mode: str = "auto"
-    files: FilesOptions = field(default_factory=FilesOptions)
-    deadline_ns: int = 0  # monotonic; 0: none
 
 
 @dataclass
@@ -103,11 +98,12 @@ class _Work:
     maps_draft: maps.MapsDraft | None = None
     huge: Runs = field(default_factory=lambda: NO_RUNS)
     files_draft: FilesDraft | None = None
+    alone: KnownAlone | None = None
     started_ns: int = field(default_factory=time.monotonic_ns)
 
     def mark(self, phase: str, since_ns: int) -> int:
         now = time.monotonic_ns()
-        self.stats.phases[phase] = (now - since_ns) // 1000
+        self.stats.phases[phase] = self.stats.phases.get(phase, 0) + (now - since_ns) // 1000
         return now
 
 
@@ -127,7 +123,7 @@ class Dumper:
         self._tracker: Tracker | None = None
         self._features = features.probe()
         self.sleeps = sleeps or SleepMemory()
-        self._last_dirty_pages = 0
+        self._forks = True  # until it was refused once
         self._precise = False
 
     def track(self, backend: str = "auto", *, precise: bool = False) -> Choice:
@@ -183,11 +179,17 @@ class Dumper:
 
     def dump(self, options: DumpOptions, report: Report = lambda *_: None) -> DumpStats:
         """Make one generation."""
+        try:
+            return self._dump(options, report)
+        except CopyLacksPagesError:
+            return self._dump(replace(options, read_mode="stopped"), report)
+
+    def _dump(self, options: DumpOptions, report: Report) -> DumpStats:
         parent, why_full = self._parent_of(options)
         work = _Work(DumpStats(pid=self.pid, parent_id=parent, incremental=bool(parent)))
         if why_full:
             work.stats.warnings.append(why_full)
-        self._begin(options, parent)
+        self._begin(options, work)
         copy = None
         try:
             work.process_draft = prepare_process(self.pid)
@@ -228,7 +230,8 @@ class Dumper:
         work.stats.total_time = (time.monotonic_ns() - work.started_ns) // 1000
         return work.stats
 
-    def _begin(self, options: DumpOptions, parent: str) -> None:
+    def _begin(self, options: DumpOptions, work: _Work) -> None:
+        parent = work.stats.parent_id
         what = f"the parent image {parent[:16]} of process {self.pid}"
         hint = "dump in full (without --incremental), or name a parent that is there with --parent"
         try:
@@ -236,7 +239,7 @@ class Dumper:
                 store=options.store,
                 parent=parent,
                 compress=options.compress,
-                expected_pages=self._expected_pages(options),
+                expected_pages=self._expected_pages(options, work),
             )
         except ImageNotFound as error:
             raise ImageNotFound(f"{what} is not in {options.store}", hint=hint, pid=self.pid) from error
@@ -246,7 +249,9 @@ class Dumper:
 
     # -- what happens while the target stands still
 
-    def _frozen(self, frozen: Frozen, options: DumpOptions, parent: str, work: _Work, report: Report) -> Any:
+    def _frozen(
+        self, frozen: Frozen, options: DumpOptions, parent: str, work: _Work, report: Report
+    ) -> ForkedCopy | None:
         self._check_same_process()
         at = time.monotonic_ns()
         vmas = maps.settled_vmas(self.pid, work.maps_draft)
@@ -254,7 +259,24 @@ class Dumper:
             raise TargetGone(f"process {self.pid} has no address space (it is exiting)", pid=self.pid)
         captured = capture_address_space(self.pid, vmas, NO_RUNS, work.huge)
         at = work.mark("maps", at)
-        copy = None
+        collection = None
+        copy: ForkedCopy | None = None
+        tracker = self._tracker
+        if isinstance(tracker, UffdWpTracker | ContentTracker) and options.backend in ("auto", tracker.name):
+            # nothing has to be called in the target for that, so copying goes on beside all that follows
+            try:
+                tracepoint.hit("dump.collect")
+                collection = self._collect(tracker, vmas, work)
+                tracepoint.hit("dump.collected")
+                self._plan(work, captured, collection)
+                self._check_budget(frozen, options, work)
+                if not self._wants_fork(options, work) and not options.kill:
+                    early, work.copies = split_by_code(work.copies, vmas)
+                    self._worker.start_copy(early)
+            except TrackingLostError as error:
+                work.stats.warnings.append(_lost_words(error))
+                self._drop_tracker()
+            at = work.mark("collecting", at)
         with frozen.inject() as remote:
             at = work.mark("injecting", at)
             state = capture_process(frozen, remote, self.sleeps, work.process_draft)
@@ -262,27 +284,30 @@ class Dumper:
             files = capture_files(frozen, captured.object_ids, options=options.files, draft=work.files_draft)
             work.stats.warnings += [*state.warnings, *files.warnings]
             at = work.mark("files", at)
-            tracepoint.hit("dump.collect")
-            collection = self._collect(options, remote, vmas, work)
-            at = work.mark("collecting", at)
-            tracepoint.hit("dump.collected")
-            trusted = bool(parent) and self.epoch_image_id == parent
-            self._plan(work, captured, collection, vmas, trusted)
+            if collection is None:
+                tracepoint.hit("dump.collect")
+                collection = self._collect_injected(options, remote, vmas, work)
+                tracepoint.hit("dump.collected")
+                self._plan(work, captured, collection)
+                at = work.mark("collecting", at)
             if self._wants_fork(options, work):
-                with contextlib.suppress(Unsupported, Busy):
-                    copy = frozen.child_fork(remote)
-                    work.stats.read_mode = "fork"
+                copy = self._fork(frozen, remote, work)
         at = work.mark("leaving", at)
-        space = _with_guards(captured, collection, vmas)
+        space = with_guards(captured.space, collection.guards)
         image_state = ImageState(process=state, address_space=space, files=files.state)
         work.stats.nr_vmas, work.stats.nr_threads = len(space.vmas), len(frozen.threads)
         self._check_budget(frozen, options, work)
         report("copying", 0, 0)
+        heard = self._while_frozen(frozen, options, report)
+        self._worker.finish_copy(heard)
         stopped = work.copies
         if copy is not None:
-            # the advice flags decide what a forked copy lacks: these must be of this very moment
-            stopped, work.copies = _split_for_fork(work.copies, copy.pid, maps.read_smaps(self.pid))
-        self._worker.copy(stopped, self._while_frozen(frozen, options, report))
+            stopped, work.copies = split_for_fork(work.copies, copy.pid, vmas)
+        if options.kill:
+            # it will not run again: no need to hold all of it at once
+            self._worker.read_and_encode(stopped, heard)
+        elif any(len(request.runs) for request in stopped):
+            self._worker.copy(stopped, heard)
         self._read_deleted_files(files)
         work.mark("copying", at)
         tracepoint.hit("dump.copied")
@@ -290,6 +315,15 @@ class Dumper:
         if process.read_stat(self.pid).state in "ZX":
             raise TargetGone(f"process {self.pid} was killed while it was being dumped", pid=self.pid)
         work.state = image_state
+        return copy
+
+    def _fork(self, frozen: Frozen, remote: Injection, work: _Work) -> ForkedCopy | None:
+        try:
+            copy = frozen.child_fork(remote)
+        except (Unsupported, Busy):
+            self._forks = False
+            return None
+        work.stats.read_mode = "fork"
         return copy
 
     def _read_deleted_files(self, files: CapturedFiles) -> None:
@@ -306,50 +340,56 @@ class Dumper:
             for extra in files.extra_objects:
                 extra.close()
 
-    def _collect(
+    def _collect_injected(
         self, options: DumpOptions, remote: Remote, vmas: tuple[Vma, ...], work: _Work
     ) -> Collection:
+        """Collect where calls can be made in the target: to make a tracker, or to ask whether it may be trusted."""
         asked = options.backend
         if self._tracker is None or (asked not in ("auto", self._tracker.name)):
             self._make_tracker(asked, remote)
         assert self._tracker is not None
+        try:
+            if not switch_is_on(self._tracker, remote):
+                raise TrackingLostError("precise tracking was switched off in the process")
+            return self._collect(self._tracker, vmas, work)
+        except TrackingLostError as error:
+            work.stats.warnings.append(_lost_words(error))
+            self._make_tracker(asked, remote)
+            return self._collect(self._tracker, vmas, work)
+
+    def _collect(self, tracker: Tracker, vmas: tuple[Vma, ...], work: _Work) -> Collection:
         pagemap = ps.open_pagemap(self.pid)
         try:
-            space = Space(self.pid, pagemap, vmas, pinned_runs(self.pid, vmas))
-            try:
-                if not switch_is_on(self._tracker, remote):
-                    raise TrackingLostError("precise tracking was switched off in the process")
-                found = self._tracker.collect(space)
-            except TrackingLostError as error:
-                work.stats.warnings.append(
-                    f"dirty tracking was lost ({error}): content is compared this time"
-                )
-                self._make_tracker(asked, remote)
-                found = self._tracker.collect(space)
+            found = tracker.collect(Space(self.pid, pagemap, vmas, pinned_runs(self.pid, vmas)))
         finally:
             os.close(pagemap)
-        if self._tracker.name != "content":
+        if tracker.name != "content":
             # every tracker but content keeps mappings apart that would have been one
             warning = Headroom(len(vmas), read_max_map_count()).warning
             work.stats.warnings += [warning] if warning else []
         return found
 
-    def _plan(
-        self, work: _Work, captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ...], trusted: bool
-    ) -> None:
+    def _plan(self, work: _Work, captured: CapturedSpace, found: Collection) -> None:
         stats = work.stats
+        trusted = bool(stats.parent_id) and self.epoch_image_id == stats.parent_id
         stats.backend, stats.backend_reason = self.choice.backend, self.choice.reason
         clean, dirty = found.clean, found.dirty
         if not trusted and len(clean):
-            dirty, clean = merge_runs(_joined(clean, dirty)), NO_RUNS
+            dirty, clean = merge_runs(joined(clean, dirty)), NO_RUNS
         if stats.parent_id and not trusted and self.choice.backend != "content":
             stats.backend = "content"
             stats.backend_reason = "tracking did not begin at the parent image: content was compared"
         for vma in captured.read_whole:
-            whole = _runs_of_range(vma.start, vma.end)
-            clean, dirty = subtract_runs(clean, whole), merge_runs(_joined(dirty, whole))
+            whole = runs_of_range(vma.start, vma.end)
+            clean, dirty = subtract_runs(clean, whole), merge_runs(joined(dirty, whole))
         work.clean = clean
-        work.copies = [CopyRequest(self.pid, PRIVATE_OBJECT, dirty, through_mem=False)]
+        alone = work.alone.still(self.pid) if work.alone else NO_RUNS
+        work.copies = [
+            CopyRequest(
+                self.pid, PRIVATE_OBJECT, intersect_runs(dirty, alone), through_mem=False, alone=True
+            ),
+            CopyRequest(self.pid, PRIVATE_OBJECT, subtract_runs(dirty, alone), through_mem=False),
+        ]
         stats.pages_scanned = nr_pages_in(clean) + nr_pages_in(dirty)
         for source in captured.sources:
             fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -361,13 +401,15 @@ class Dumper:
             work.copies.append(CopyRequest(self.pid, source.object.id, runs, source=source.path))
         stats.pages_dirty = sum(nr_pages_in(request.runs) for request in work.copies)
         stats.read_mode = "stopped"
-        self._last_dirty_pages = stats.pages_dirty
 
     def _wants_fork(self, options: DumpOptions, work: _Work) -> bool:
+        private = sum(nr_pages_in(r.runs) for r in work.copies if r.obj == PRIVATE_OBJECT)
+        return self._fork_pays(options, private, private + nr_pages_in(work.clean))
+
+    def _fork_pays(self, options: DumpOptions, nr_dirty: int, nr_present: int) -> bool:
         if options.kill or options.read_mode == "stopped":
             return False
-        private = sum(nr_pages_in(r.runs) for r in work.copies if r.obj == PRIVATE_OBJECT)
-        return options.read_mode == "fork" or private > FORK_ABOVE_PAGES
+        return options.read_mode == "fork" or (self._forks and fork_pays(nr_dirty, nr_present))
 
     def _check_budget(self, frozen: Frozen, options: DumpOptions, work: _Work) -> None:
         """Refuse to copy what cannot be copied in time: better now than half-way."""
@@ -375,7 +417,8 @@ class Dumper:
         self._check_cancelled()
         self._check_deadline(options, now)
         if options.max_frozen_us:
-            nr_bytes = 0 if work.stats.read_mode == "fork" else work.stats.pages_dirty * 4096
+            forked = work.stats.read_mode == "fork" or self._wants_fork(options, work)
+            nr_bytes = 0 if forked else sum(nr_pages_in(request.runs) for request in work.copies) * 4096
             expected_us = (now - frozen.frozen_at_ns) // 1000 + nr_bytes // 4000  # 4 GB/s
             if expected_us > options.max_frozen_us:
                 raise FrozenTooLong(
@@ -430,6 +473,8 @@ class Dumper:
     def _read_copy(self, copy: ForkedCopy, work: _Work, report: Report) -> None:
         report("reading the copy", 0, 0)
         at = time.monotonic_ns()
+        for request in work.copies:
+            check_complete(request)
         self._worker.read_and_encode(work.copies, self._after_thaw("reading the copy", report))
         work.mark("reading the copy", at)
         copy.close()
@@ -499,11 +544,24 @@ class Dumper:
             return "", "no parent image of this process: this is the first generation, dumped in full"
         return parent, ""
 
-    def _expected_pages(self, options: DumpOptions) -> int:
-        if options.incremental and self.last_image_id:
-            return min(self._last_dirty_pages * 3 // 2, FORK_ABOVE_PAGES)
-        with open(f"/proc/{self.pid}/statm", "rb") as file:
-            return min(int(file.read().split()[1]), FORK_ABOVE_PAGES)
+    def _expected_pages(self, options: DumpOptions, work: _Work) -> int:
+        """How many pages will be read while the target stands still, about."""
+        if options.kill:
+            return 0
+        written = None
+        try:
+            with open(f"/proc/{self.pid}/statm", "rb") as file:
+                nr_dirty = nr_present = int(file.read().split()[1])
+            if options.incremental and self.last_image_id and isinstance(self._tracker, UffdWpTracker):
+                written = self._tracker.written_now(self.pid)
+                nr_dirty = min(nr_present, _SPARE_PAGES + nr_pages_in(written))
+            if self._fork_pays(options, nr_dirty, nr_present):
+                return 0
+            if written is not None:
+                work.alone = KnownAlone.look(self.pid, written)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise TargetGone(f"process {self.pid} is gone", pid=self.pid) from error
+        return nr_dirty
 
     def _freeze_timeout(self, options: DumpOptions) -> float:
         timeout_s = 5.0
@@ -514,7 +572,7 @@ class Dumper:
         return timeout_s
 
     def _check_same_process(self) -> None:
-        if _identity(self.pid) != self.identity:
+        if process.read_stat(self.pid).starttime != self.identity.start_time:
             raise TargetExeced(f"pid {self.pid} is another process now", pid=self.pid)
 
 
@@ -525,55 +583,8 @@ def _identity(pid: int) -> process.ProcessIdentity:
         raise TargetGone(f"no process with pid {pid}", hint="look it up with `ps`", pid=pid) from error
 
 
-def _joined(a: Runs, b: Runs) -> Runs:
-    import numpy as np  # noqa: PLC0415
-
-    joined: Runs = np.concatenate((a, b))
-    return joined
-
-
-def _runs_of_range(start: int, end: int) -> Runs:
-    import numpy as np  # noqa: PLC0415
-
-    first, last = start >> 12, (end + 4095) >> 12
-    return np.array([[first, last - first]], dtype=np.uint64)
-
-
-def _with_guards(captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ...]) -> Any:
-    if len(found.guards) == 0:
-        return captured.space
-    marked = []
-    for state in captured.space.vmas:
-        inside = intersect_runs(found.guards, _runs_of_range(state.start, state.end))
-        guards = tuple((first << 12, (first + nr) << 12) for first, nr in inside.tolist())
-        marked.append(replace(state, guards=guards) if guards else state)
-    return replace(captured.space, vmas=tuple(marked))
-
-
-def _split_for_fork(
-    copies: list[CopyRequest], copy_pid: int, vmas: Sequence[Vma]
-) -> tuple[list[CopyRequest], list[CopyRequest]]:
-    """(what must be read from the stopped target, what the forked copy holds).
-
-    A forked copy lacks MADV_DONTFORK memory, reads zeroes in MADV_WIPEONFORK memory, keeps sharing what is
-    shared, and holds the injection's own bytes in one page of a file mapping.
-    """
-    unsafe_runs = NO_RUNS
-    for vma in vmas:
-        if vma.flags & {"dc", "wf"} or vma.kind is VmaKind.FILE_PRIVATE:
-            unsafe_runs = merge_runs(_joined(unsafe_runs, _runs_of_range(vma.start, vma.end)))
-    stopped, later = [], []
-    for request in copies:
-        if request.obj != PRIVATE_OBJECT or request.source:
-            stopped.append(request)
-            continue
-        now = intersect_runs(request.runs, unsafe_runs)
-        if len(now):
-            stopped.append(replace(request, runs=now))
-        later.append(
-            replace(request, runs=subtract_runs(request.runs, unsafe_runs), pid=copy_pid, through_mem=True)
-        )
-    return stopped, later
+def _lost_words(error: TrackingLostError) -> str:
+    return f"dirty tracking was lost ({error}): content is compared this time"
 
 
 @contextlib.contextmanager

@@ -6,6 +6,10 @@ would stay frozen for that long.  The agent freezes, decides what to read and se
 frozen target's memory into a buffer prepared before the freeze, answers (the agent thaws), and only then hashes,
 compresses and writes.
 
+Memory: the buffer takes at most `MAX_BUFFER_BYTES`, and a quarter of what was free when the worker first needed
+it; what a stopped target has beyond that is encoded as it is read, before the thaw.  Between dumps no more than
+`KEPT_BYTES` of it are held.  Beside it: `_THREADS` pieces of 4 MiB, and the index of the image being built.
+
 One request at a time over a `multiprocessing.connection.Connection`; both ends are ours, so messages are
 pickles.  Requests are (operation, arguments); answers are ("ok", value) or ("error", CheckpointError.to_dict()),
 and before them any number of ("progress", (pages done, pages in all)).  ("stop", ()) is the one request that may
@@ -16,8 +20,10 @@ The agent going away is end of file: an image not committed is aborted and the w
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
+import mmap
 import os
 import socket
 import subprocess
@@ -25,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -38,6 +44,8 @@ from checkpointd.image.builder import ImageBuilder
 from checkpointd.image.reader import Image
 from checkpointd.image.store import Store
 from checkpointd.linux import process_vm
+from checkpointd.linux._libc import syscall
+from checkpointd.linux.arch import Nr
 from checkpointd.memory import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -47,12 +55,20 @@ from checkpointd.memory import (
     pages_of,
 )
 
-Buffer = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[np.uint8]
 
 DEFAULT_COMPRESSION = "zstd:1"
+MAX_BUFFER_BYTES = 1 << 30
+KEPT_BYTES = 128 << 20
 
 _THREADS = 2
-_PIECE_PAGES = 2048  # 8 MiB: what one thread reads, or encodes, at a time
+_PIECE_PAGES = 2048  # 8 MiB: what one thread reads at a time
+_LEAST_PIECE_PAGES = 64
+_ENCODE_PAGES = 1024
+_HUGE_BYTES = 2 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_MAP_NORESERVE = 0x4000
+_BUFFER_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _PROGRESS_INTERVAL_S = 0.02
 
 Heard = Callable[[int, int], None]
@@ -69,6 +85,7 @@ class CopyRequest:
         runs: page numbers there.
         through_mem: read everything by /proc/PID/mem.  Else only what others may map too (it does not un-share
             pages of forked relatives) and what process_vm_readv(2) cannot read (PROT_NONE).
+        alone: known to be mapped by nobody else, so that nothing has to be looked at.
         source: file to read a shared object from; "" reads the address space.
     """
 
@@ -76,21 +93,27 @@ class CopyRequest:
     obj: int
     runs: Runs
     through_mem: bool = True
+    alone: bool = False
     source: str = ""
 
 
 class PageWorker:
-    """The agent's end."""
+    """The agent's end.
 
-    def __init__(self) -> None:
+    Args:
+        buffer_bytes: what pages of a stopped target may take in memory.
+    """
+
+    def __init__(self, *, buffer_bytes: int = MAX_BUFFER_BYTES) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "checkpointd.dump.pages", str(theirs.fileno())],
+                [sys.executable, "-m", "checkpointd.dump.pages", str(theirs.fileno()), str(buffer_bytes)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
         self._connection = Connection(ours.detach())
+        self._copying = False
 
     def begin(self, *, store: str, parent: str, compress: str, expected_pages: int) -> None:
         """Open the store, load the parent's index and touch the buffer.  Before the freeze."""
@@ -108,6 +131,21 @@ class PageWorker:
             TargetGone: it died while being read.
         """
         self._ask("copy", requests, heard=heard)
+
+    def start_copy(self, requests: list[CopyRequest]) -> None:
+        """Like `copy`, but the answer is taken by `finish_copy`, which must be the next call (or `abort`)."""
+        self._send("copy", requests)
+        self._copying = True
+
+    def finish_copy(self, heard: Heard | None = None) -> None:
+        """Return when all that `start_copy` asked for, if anything, is out of the target.
+
+        Raises:
+            TargetGone: it died while being read.
+        """
+        if self._copying:
+            self._copying = False
+            self._receive(heard)
 
     def inherit(self, runs: Runs) -> None:
         """Take private pages from the parent."""
@@ -128,6 +166,10 @@ class PageWorker:
 
     def abort(self) -> None:
         """Leave no half image; harmless at any time."""
+        if self._copying:
+            self._send("stop")
+            with contextlib.suppress(CheckpointError):
+                self.finish_copy()
         self._ask("abort")
 
     def close(self) -> None:
@@ -140,9 +182,18 @@ class PageWorker:
             self._process.wait()
 
     def _ask(self, operation: str, *args: Any, heard: Heard | None = None) -> Any:
-        stopped_by: BaseException | None = None
+        self._send(operation, *args)
+        return self._receive(heard)
+
+    def _send(self, operation: str, *args: Any) -> None:
         try:
             self._connection.send((operation, args))
+        except OSError as error:
+            raise _gone() from error
+
+    def _receive(self, heard: Heard | None) -> Any:
+        stopped_by: BaseException | None = None
+        try:
             while (answer := self._connection.recv())[0] == "progress":
                 if heard is None or stopped_by is not None:
                     continue
@@ -152,10 +203,7 @@ class PageWorker:
                     stopped_by = error
                     self._connection.send(("stop", ()))
         except (EOFError, OSError) as error:
-            raise CheckpointError(
-                "the page worker ended unexpectedly; nothing was committed",
-                hint="look for an out-of-memory kill in the kernel log, then dump again",
-            ) from error
+            raise _gone() from error
         if stopped_by is not None:
             raise stopped_by
         kind, value = answer
@@ -164,16 +212,84 @@ class PageWorker:
         return value
 
 
+def _gone() -> CheckpointError:
+    return CheckpointError(
+        "the page worker ended unexpectedly; nothing was committed",
+        hint="look for an out-of-memory kill in the kernel log, then dump again",
+    )
+
+
+class _Buffer:
+    """Memory for pages, in huge pages where there are any; touched before it is needed, given back afterwards.
+
+    A first touch inside the freeze would halve the speed of reading.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        size = min(max_bytes, _memory_available() // 4) & -_HUGE_BYTES or _HUGE_BYTES
+        while True:
+            try:
+                self._map = mmap.mmap(-1, size + _HUGE_BYTES, flags=_BUFFER_FLAGS)
+                break
+            except OSError:  # the system does not overcommit
+                if size <= _HUGE_BYTES:
+                    raise
+                size = size // 2 & -_HUGE_BYTES
+        whole = np.frombuffer(self._map, dtype=np.uint8)
+        skip = -int(whole.ctypes.data) % _HUGE_BYTES
+        self.bytes: Bytes = whole[skip : skip + size]
+        self._base = int(self.bytes.ctypes.data)
+        self._touched = 0
+        self._advise(0, size, mmap.MADV_HUGEPAGE)
+
+    def touch(self, nr_bytes: int, pool: ThreadPoolExecutor) -> None:
+        """Have the first `nr_bytes` (or all there are) in memory."""
+        wanted = -(-min(nr_bytes, len(self.bytes)) // _HUGE_BYTES) * _HUGE_BYTES
+        if wanted <= self._touched:
+            return
+        step = max(_HUGE_BYTES, (wanted - self._touched) // _THREADS // _HUGE_BYTES * _HUGE_BYTES)
+        starts = range(self._touched, wanted, step)
+        list(pool.map(lambda at: self._touch(at, min(at + step, wanted)), starts))
+        self._touched = wanted
+
+    def shrink(self, nr_bytes: int) -> None:
+        """Give back all but the first `nr_bytes`."""
+        if self._touched > nr_bytes:
+            self._advise(nr_bytes, self._touched, mmap.MADV_DONTNEED)
+            self._touched = nr_bytes
+
+    def _touch(self, start: int, end: int) -> None:
+        if not self._advise(start, end, _MADV_POPULATE_WRITE):
+            self.bytes[start:end:PAGE_SIZE].fill(0)
+
+    def _advise(self, start: int, end: int, advice: int) -> bool:
+        # mmap.madvise would hold the interpreter's lock
+        try:
+            syscall(Nr.MADVISE, self._base + start, end - start, advice, name="madvise")
+        except OSError:
+            return False
+        return True
+
+
+def _memory_available() -> int:
+    with open("/proc/meminfo", "rb") as file:
+        for line in file:
+            if line.startswith(b"MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return MAX_BUFFER_BYTES
+
+
 class _Server:
     """The worker's end."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, buffer_bytes: int) -> None:
+        self._buffer_bytes = buffer_bytes
         self._connection = connection
         self._store: Store | None = None
         self._store_path = ""
         self._parent: Image | None = None
         self._builder: ImageBuilder | None = None
-        self._buffer: Buffer = np.zeros(0, dtype=np.uint8)
+        self._buffer: _Buffer | None = None
         self._copied: list[tuple[int, Runs, int]] = []  # (object, runs, offset in the buffer)
         self._used = 0
         self._pool = ThreadPoolExecutor(_THREADS)
@@ -188,7 +304,7 @@ class _Server:
         self._builder = opened.begin(
             parent=self._parent, threads=_THREADS, compress=compress or DEFAULT_COMPRESSION
         )
-        self._reserve(expected_pages)
+        self._room().touch(expected_pages * PAGE_SIZE, self._pool)
 
     def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
         wanted = (pid, start_time, boot_id)
@@ -203,38 +319,44 @@ class _Server:
         return self._store
 
     def copy(self, requests: list[CopyRequest]) -> None:
-        total = sum(nr_pages_in(request.runs) for request in requests)
-        self._reserve(self._used // PAGE_SIZE + total)
+        buffer = self._room()
+        wanted = sum(nr_pages_in(request.runs) for request in requests)
+        free = len(buffer.bytes) // PAGE_SIZE - self._used // PAGE_SIZE
+        if wanted > free:
+            requests, beyond = _cut(requests, free)
+            self.read_and_encode(beyond)
+        buffer.touch(self._used + min(wanted, free) * PAGE_SIZE, self._pool)
         jobs: list[tuple[CopyRequest, Runs, int]] = []
+        piece_pages = min(_PIECE_PAGES, max(_LEAST_PIECE_PAGES, -(-wanted // (2 * _THREADS))))
         for request in requests:
             self._copied.append((request.obj, request.runs, self._used))
-            for piece in _pieces(request.runs):
+            for piece in _pieces(request.runs, piece_pages):
                 jobs.append((request, piece, self._used))
                 self._used += nr_pages_in(piece) * PAGE_SIZE
-        self._each(lambda job: _read(job[0], job[1], self._buffer, job[2]), jobs, _pages_of_job)
+        self._each(lambda job: _read(job[0], job[1], buffer.bytes, job[2]), jobs, _pages_of_job)
 
     def inherit(self, runs: Runs) -> None:
         self._need().inherit(PRIVATE_OBJECT, pages_of(runs))
 
     def encode(self) -> None:
-        builder = self._need()
+        builder, buffer = self._need(), self._room()
         jobs: list[tuple[int, Runs, int]] = []
         for obj, runs, offset in self._copied:
             at = offset
-            for piece in _pieces(runs):
+            for piece in _pieces(runs, _ENCODE_PAGES):
                 jobs.append((obj, piece, at))
                 at += nr_pages_in(piece) * PAGE_SIZE
 
         def add(job: tuple[int, Runs, int]) -> None:
             size = nr_pages_in(job[1]) * PAGE_SIZE
-            builder.add_pages(job[0], pages_of(job[1]), self._buffer[job[2] : job[2] + size])
+            builder.add_pages(job[0], pages_of(job[1]), buffer.bytes[job[2] : job[2] + size])
 
         self._each(add, jobs, _pages_of_job)
-        self._copied, self._used = [], 0
+        self._empty()
 
     def read_and_encode(self, requests: list[CopyRequest]) -> None:
         builder = self._need()
-        jobs = [(request, piece) for request in requests for piece in _pieces(request.runs)]
+        jobs = [(request, piece) for request in requests for piece in _pieces(request.runs, _ENCODE_PAGES)]
 
         def work(job: tuple[CopyRequest, Runs]) -> None:
             request, piece = job
@@ -263,23 +385,22 @@ class _Server:
         if self._builder is not None:
             self._builder.abort()
             self._builder = None
-        self._copied, self._used = [], 0
+        self._empty()
 
     def _need(self) -> ImageBuilder:
         if self._builder is None:
             raise CheckpointError("no image is being written")
         return self._builder
 
-    def _reserve(self, nr_pages: int) -> None:
-        """A buffer of at least that many pages, touched: a first touch in the freeze would halve its speed."""
-        wanted = nr_pages * PAGE_SIZE
-        if len(self._buffer) >= wanted:
-            return
-        grown = np.empty(wanted, dtype=np.uint8)
-        bounds = np.linspace(0, wanted, _THREADS + 1).astype(np.int64)
-        list(self._pool.map(lambda n: grown[bounds[n] : bounds[n + 1] : PAGE_SIZE].fill(0), range(_THREADS)))
-        grown[: self._used] = self._buffer[: self._used]
-        self._buffer = grown
+    def _room(self) -> _Buffer:
+        if self._buffer is None:
+            self._buffer = _Buffer(self._buffer_bytes)
+        return self._buffer
+
+    def _empty(self) -> None:
+        self._copied, self._used = [], 0
+        if self._buffer is not None:
+            self._buffer.shrink(KEPT_BYTES)
 
     def _each(self, work: Callable[[Any], None], jobs: list[Any], size: Callable[[Any], int]) -> None:
         """Do the jobs, telling how far they are; none is under way any more when this returns or raises.
@@ -316,36 +437,49 @@ def _pages_of_job(job: tuple[Any, ...]) -> int:
     return nr_pages_in(job[1])
 
 
-def _pieces(runs: Runs) -> Iterator[Runs]:
-    """Cut runs into lists of at most `_PIECE_PAGES` pages, whole runs together where they fit."""
+def _cut(requests: list[CopyRequest], nr_pages: int) -> tuple[list[CopyRequest], list[CopyRequest]]:
+    """(requests of the first `nr_pages` pages, the rest)."""
+    within: list[CopyRequest] = []
+    beyond: list[CopyRequest] = []
+    for request in requests:
+        ends = np.cumsum(request.runs[:, 1].astype(np.int64))
+        at = int(np.searchsorted(ends, nr_pages, side="right"))  # runs that fit as a whole
+        if at == len(ends):
+            within.append(request)
+            nr_pages -= int(ends[-1]) if at else 0
+            continue
+        first, nr = request.runs[at].tolist()
+        fit = nr_pages - (int(ends[at - 1]) if at else 0)
+        head = np.array([[first, fit]] if fit else [], dtype=np.uint64).reshape(-1, 2)
+        tail = np.array([[first + fit, nr - fit]], dtype=np.uint64)
+        within.append(replace(request, runs=np.concatenate((request.runs[:at], head))))
+        beyond.append(replace(request, runs=np.concatenate((tail, request.runs[at + 1 :]))))
+        nr_pages = 0
+    return within, beyond
+
+
+def _pieces(runs: Runs, nr_pages: int) -> Iterator[Runs]:
+    """Cut runs into lists of at most `nr_pages` pages, whole runs together where they fit."""
     if len(runs) == 0:
         return
-    long = np.flatnonzero(runs[:, 1] > _PIECE_PAGES)
-    if len(long):
-        runs = np.concatenate(
-            [_split(runs[n]) if runs[n, 1] > _PIECE_PAGES else runs[n : n + 1] for n in range(len(runs))]
-            if len(runs) < 10_000
-            else [np.delete(runs, long, axis=0), *(_split(runs[n]) for n in long)]
-        )
-        runs = runs[np.argsort(runs[:, 0], kind="stable")]
+    if (runs[:, 1] > nr_pages).any():
+        # a long run becomes several short ones
+        size = np.uint64(nr_pages)
+        nr_parts = ((runs[:, 1] + size - np.uint64(1)) // size).astype(np.int64)
+        offsets = np.arange(int(nr_parts.sum())) - np.repeat(np.cumsum(nr_parts) - nr_parts, nr_parts)
+        skipped = offsets.astype(np.uint64) * size
+        firsts, counts = np.repeat(runs[:, 0], nr_parts), np.repeat(runs[:, 1], nr_parts)
+        runs = np.stack((firsts + skipped, np.minimum(counts - skipped, size)), axis=1)
     ends = np.cumsum(runs[:, 1].astype(np.int64))
     start = 0
     while start < len(runs):
         before = int(ends[start - 1]) if start else 0
-        stop = int(np.searchsorted(ends, before + _PIECE_PAGES, side="right"))
-        stop = max(stop, start + 1)
+        stop = int(np.searchsorted(ends, before + nr_pages, side="right"))
         yield runs[start:stop]
         start = stop
 
 
-def _split(run: Runs) -> Runs:
-    first, nr = int(run[0]), int(run[1])
-    starts = np.arange(first, first + nr, _PIECE_PAGES, dtype=np.uint64)
-    counts = np.minimum(np.uint64(_PIECE_PAGES), np.uint64(first + nr) - starts)
-    return np.stack((starts, counts), axis=1)
-
-
-def _read(request: CopyRequest, runs: Runs, buffer: Buffer, offset: int) -> None:
+def _read(request: CopyRequest, runs: Runs, buffer: Bytes, offset: int) -> None:
     size = nr_pages_in(runs) * PAGE_SIZE
     into = buffer[offset : offset + size]
     try:
@@ -353,13 +487,13 @@ def _read(request: CopyRequest, runs: Runs, buffer: Buffer, offset: int) -> None
             _read_file(request.source, runs, into)
         elif request.through_mem:
             _read_file(f"/proc/{request.pid}/mem", runs, into)
-        else:
+        elif not (request.alone and _read_quickly(request.pid, runs, into)):
             _read_target(request.pid, runs, into)
     except ProcessLookupError as error:
         raise TargetGone(f"process {request.pid} ended while its memory was read", pid=request.pid) from error
 
 
-def _read_target(pid: int, runs: Runs, into: Buffer) -> None:
+def _read_target(pid: int, runs: Runs, into: Bytes) -> None:
     alone = mapped_by_nobody_else(pid, runs)
     edges = [0, *(np.flatnonzero(np.diff(alone)) + 1).tolist(), len(runs)]
     at = 0
@@ -372,7 +506,7 @@ def _read_target(pid: int, runs: Runs, into: Buffer) -> None:
         at += size
 
 
-def _read_quickly(pid: int, runs: Runs, into: Buffer) -> bool:
+def _read_quickly(pid: int, runs: Runs, into: Bytes) -> bool:
     """By process_vm_readv(2); False where it may not: pages that only FOLL_FORCE reads (PROT_NONE)."""
     try:
         return process_vm.read_runs(pid, runs << np.uint64(PAGE_SHIFT), into) == len(into)
@@ -382,7 +516,7 @@ def _read_quickly(pid: int, runs: Runs, into: Buffer) -> bool:
         raise
 
 
-def _read_file(path: str, runs: Runs, into: Buffer) -> None:
+def _read_file(path: str, runs: Runs, into: Bytes) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         view, at = memoryview(into.data), 0
@@ -411,10 +545,10 @@ def _read_file(path: str, runs: Runs, into: Buffer) -> None:
         os.close(fd)
 
 
-def serve(fd: int) -> None:
+def serve(fd: int, buffer_bytes: int) -> None:
     """Answer until the agent is gone."""
     connection = Connection(fd)
-    server = _Server(connection)
+    server = _Server(connection, buffer_bytes)
     while True:
         try:
             operation, args = connection.recv()
@@ -436,4 +570,4 @@ def serve(fd: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), int(sys.argv[2]))

@@ -10,6 +10,7 @@ Source: proc_pid_map_files(5), proc_pid_fd(5), /proc/sysvipc/shm in proc(5).
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -127,8 +128,9 @@ def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs, huge: Run
     return CapturedSpace(space, tuple(objects.sources), objects.ids, tuple(whole))
 
 
+@functools.cache
 def own_vdso() -> bytes:
-    """The vdso's bytes as this kernel maps them.
+    """The vdso's bytes as this kernel maps them (kept: they never change).
 
     Ours, not the target's: the target's copy may hold traces of an injection that died.
     """

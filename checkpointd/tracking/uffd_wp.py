@@ -149,6 +149,19 @@ class UffdWpTracker:
         held = (regions[:, 2] & np.uint64(ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED)) != 0
         return _Written(merge_runs(seen), holding_data(space.pagemap, regions[held], vmas))
 
+    def written_now(self, pid: int) -> Runs:
+        """What would be dirty of the pages that held data; the target may be running."""
+        if len(self._seen) == 0:
+            return NO_RUNS
+        pagemap = ps.open_pagemap(pid)
+        try:
+            start, end = int(self._seen[0, 0]) << PAGE_SHIFT, int(self._seen[-1].sum()) << PAGE_SHIFT
+            found = ps.scan(pagemap, start, end, mask=ps.PAGE_IS_WRITTEN, returned=ps.PAGE_IS_WRITTEN)
+        finally:
+            os.close(pagemap)
+        runs = np.stack((found[:, 0], found[:, 1] - found[:, 0]), axis=1) >> np.uint64(PAGE_SHIFT)
+        return intersect_runs(merge_runs(runs), self._seen)
+
     def commit(self) -> None:
         if self._pending is not None:
             self._base = self._pending[0]

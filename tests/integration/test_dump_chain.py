@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chains of dumps of a real program, in process: what the tracker may and may not be trusted with."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from checkpointd import tracepoint
 from checkpointd.dump.dump import Dumper, DumpOptions
+from checkpointd.dump.pages import PageWorker
 from checkpointd.errors import Cancelled, FrozenTooLong
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE, PRIVATE_OBJECT
@@ -19,12 +21,16 @@ SOURCE = """
 import mmap, os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the kernel writes the CPU's number to rseq memory
 area = mmap.mmap(-1, 256 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area.madvise(mmap.MADV_NOHUGEPAGE)  # other flags than its neighbours': a mapping of its own
 for page in range(256):
     area[page * 4096] = 1
 print("ready", flush=True)
 for line in sys.stdin:
     for word in line.split():
         page, value = word.split("=")
+        if page == "dontfork":
+            area.madvise(mmap.MADV_DONTFORK)
+            continue
         area[int(page) * 4096 + 7] = int(value)
     print("done", flush=True)
 """
@@ -50,6 +56,11 @@ class Target:
 
     def write(self, **pages):
         self.process.stdin.write(" ".join(f"{page[1:]}={value}" for page, value in pages.items()) + "\n")
+        assert self.process.stdout.readline() == "done\n"
+        self.settle()
+
+    def advise_dontfork(self):
+        self.process.stdin.write("dontfork=1\n")
         assert self.process.stdout.readline() == "done\n"
         self.settle()
 
@@ -170,17 +181,18 @@ def test_reading_that_takes_too_long_or_is_cancelled_half_way_lets_the_target_ru
 ):
     dumper.dump(options(tmp_path))
     target.write(p5=77)
-    copy = dumper._worker.copy
+    finish_copy = dumper._worker.finish_copy
 
-    def slow_copy(requests, heard):
-        if why == "cancelled":
-            dumper.cancelled = lambda: True
-        else:
-            time.sleep(3)
-        heard(1, 2)
-        copy(requests, heard)
+    def slow_finish(heard=None):
+        if heard is not None:
+            if why == "cancelled":
+                dumper.cancelled = lambda: True
+            else:
+                time.sleep(3)
+            heard(1, 2)
+        finish_copy(heard)
 
-    monkeypatch.setattr(dumper._worker, "copy", slow_copy)
+    monkeypatch.setattr(dumper._worker, "finish_copy", slow_finish)
     limits = {"too long": {"max_frozen_us": 2_900_000}, "cancelled": {}}.get(why)
     if limits is None:
         limits = {"deadline_ns": time.monotonic_ns() + 2_900_000_000}
@@ -192,9 +204,27 @@ def test_reading_that_takes_too_long_or_is_cancelled_half_way_lets_the_target_ru
     with pytest.raises(error, match=words):
         dumper.dump(options(tmp_path, incremental=True, **limits))
     target.write(p9=78)
-    monkeypatch.setattr(dumper._worker, "copy", copy)
+    monkeypatch.setattr(dumper._worker, "finish_copy", finish_copy)
     dumper.cancelled = lambda: False
     made = dumper.dump(options(tmp_path, incremental=True))
     assert made.backend == "uffd-wp"
     assert target.memory_differs_from(store.load(made.image_id)) == []
     assert len(store.images()) == 2
+
+
+def test_memory_kept_out_of_forks_at_the_last_moment_is_read_all_the_same(target, dumper, store, tmp_path):
+    """The flags of mappings are read before the freeze; what the forked copy lacks shows in its page tables."""
+    dumper.dump(options(tmp_path, read_mode="fork"))
+    target.write(p5=77)
+    tracepoint.register("dump.freeze", lambda name: target.advise_dontfork(), at=1)
+    made = dumper.dump(options(tmp_path, incremental=True, read_mode="fork"))
+    assert made.read_mode == "stopped"
+    assert target.memory_differs_from(store.load(made.image_id)) == []
+
+
+def test_what_the_buffer_cannot_hold_is_encoded_while_stopped(target, store, tmp_path):
+    size = 2 << 20
+    with contextlib.closing(Dumper(target.pid, worker=PageWorker(buffer_bytes=size))) as dumper:
+        made = dumper.dump(options(tmp_path, read_mode="stopped"))
+        assert made.pages_dirty * PAGE_SIZE > size
+        assert target.memory_differs_from(store.load(made.image_id)) == []

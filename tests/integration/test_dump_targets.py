@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 
-from checkpointd.dump.targets import mapped_by_nobody_else
+from checkpointd.dump.targets import KnownAlone, mapped_by_nobody_else
 from checkpointd.memory import PAGE_SIZE
 
 NR_PAGES = 3000
@@ -71,3 +71,18 @@ def test_what_is_not_there_or_a_files_or_shared_memory_is_not_ones_own():
     runs = np.array([[page, 1] for page in pages], dtype=np.uint64)
     assert mapped_by_nobody_else(os.getpid(), runs).tolist() == [False] * 3
     assert mapped_by_nobody_else(os.getpid(), runs[:0]).tolist() == []
+
+
+def test_a_fork_meanwhile_is_noticed(family):
+    runs = np.array([[family + n, 1] for n in range(NR_PAGES)], dtype=np.uint64)
+    known = KnownAlone.look(os.getpid(), runs)
+    assert (known.runs[:, 0] - np.uint64(family)).tolist() == list(range(0, NR_PAGES, 3))
+    assert len(known.still(os.getpid())) == len(known.runs)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    assert len(known.still(os.getpid())) == 0
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(KnownAlone.look(os.getpid(), runs[:0]).still(os.getpid())) == 0

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pages are read when, and from whom: beside an injection, after it, or from a forked copy.
+
+Raises OSError (ESRCH: the process is gone), and what `check_complete` says.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from checkpointd.dump.pages import CopyRequest
+from checkpointd.linux import pagemap_scan as ps
+from checkpointd.memory import (
+    NO_RUNS,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PRIVATE_OBJECT,
+    Runs,
+    Vma,
+    VmaKind,
+    intersect_runs,
+    merge_runs,
+    subtract_runs,
+)
+from checkpointd.state.memory import AddressSpace
+
+_LEAST_PAGES = 16_384  # 64 MiB: less is never worth a second process
+_COPY_PAGE_NS = 400  # of a stopped target, read by two threads
+_FORK_NS, _FORK_PAGE_NS = 2_000_000, 46  # 9 to 14 ms a GiB present: docs/performance.md
+
+
+def fork_pays(nr_dirty: int, nr_present: int) -> bool:
+    """Would a forked copy stop the target for clearly less time than a read of the dirty pages?
+
+    Clearly: the target pays for the copy at its next write to every page.
+    """
+    fork_ns = _FORK_NS + _FORK_PAGE_NS * nr_present
+    return nr_dirty >= _LEAST_PAGES and _COPY_PAGE_NS * nr_dirty > 2 * fork_ns
+
+
+def joined(a: Runs, b: Runs) -> Runs:
+    joined: Runs = np.concatenate((a, b))
+    return joined
+
+
+def runs_of_range(start: int, end: int) -> Runs:
+    first, last = start >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
+    return np.array([[first, last - first]], dtype=np.uint64)
+
+
+def split_by_code(
+    copies: list[CopyRequest], vmas: Sequence[Vma]
+) -> tuple[list[CopyRequest], list[CopyRequest]]:
+    """(what can be read while something is injected, what only afterwards: the injection's way lies in code)."""
+    code = NO_RUNS
+    for vma in vmas:
+        if vma.prot & mmap.PROT_EXEC:
+            code = merge_runs(joined(code, runs_of_range(vma.start, vma.end)))
+    early, later = [], []
+    for request in copies:
+        if request.obj != PRIVATE_OBJECT or request.source:
+            early.append(request)
+            continue
+        early.append(replace(request, runs=subtract_runs(request.runs, code)))
+        if len(now := intersect_runs(request.runs, code)):
+            later.append(replace(request, runs=now))
+    return early, later
+
+
+def split_for_fork(
+    copies: list[CopyRequest], copy_pid: int, vmas: Sequence[Vma]
+) -> tuple[list[CopyRequest], list[CopyRequest]]:
+    """(what must be read from the stopped target, what the forked copy holds).
+
+    A forked copy lacks MADV_DONTFORK memory, reads zeroes in MADV_WIPEONFORK memory, keeps sharing what is
+    shared, and holds the injection's own bytes in one page of a file mapping.  The advice may be newer than the
+    flags known: see `check_complete`.
+    """
+    unsafe_runs = NO_RUNS
+    for vma in vmas:
+        if vma.flags & {"dc", "wf"} or vma.kind is VmaKind.FILE_PRIVATE:
+            unsafe_runs = merge_runs(joined(unsafe_runs, runs_of_range(vma.start, vma.end)))
+    stopped, later = [], []
+    for request in copies:
+        if request.obj != PRIVATE_OBJECT or request.source:
+            stopped.append(request)
+            continue
+        now = intersect_runs(request.runs, unsafe_runs)
+        if len(now):
+            stopped.append(replace(request, runs=now))
+        later.append(
+            replace(request, runs=subtract_runs(request.runs, unsafe_runs), pid=copy_pid, through_mem=True)
+        )
+    return stopped, later
+
+
+class CopyLacksPagesError(Exception):
+    """The forked copy lacks pages of the target: they were advised (MADV_DONTFORK) just before the freeze."""
+
+
+def check_complete(request: CopyRequest) -> None:
+    """Does the forked copy hold every page it is to be read for?  It has no say in it any more: no hurry.
+
+    Raises:
+        CopyLacksPagesError: it would be read as zeroes.
+    """
+    if len(request.runs) == 0:
+        return
+    held = ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED
+    first, last = int(request.runs[0, 0]), int(request.runs[-1].sum())
+    pagemap = ps.open_pagemap(request.pid)
+    try:
+        found = ps.scan(pagemap, first << PAGE_SHIFT, last << PAGE_SHIFT, anyof=held, returned=held)
+    finally:
+        os.close(pagemap)
+    present = found[:, :2] >> np.uint64(PAGE_SHIFT)  # start and end
+    present[:, 1] -= present[:, 0]
+    if len(subtract_runs(request.runs, merge_runs(present))):
+        raise CopyLacksPagesError
+
+
+def with_guards(space: AddressSpace, guards: Runs) -> AddressSpace:
+    """The address space with its guard regions, known only after the scan."""
+    if len(guards) == 0:
+        return space
+    marked = []
+    for state in space.vmas:
+        inside = intersect_runs(guards, runs_of_range(state.start, state.end))
+        ranges = tuple((first << PAGE_SHIFT, (first + nr) << PAGE_SHIFT) for first, nr in inside.tolist())
+        marked.append(replace(state, guards=ranges) if ranges else state)
+    return replace(space, vmas=tuple(marked))
