@@ -65,9 +65,7 @@ def _stopped_descendants() -> list[str]:
 
 # Tests that fail or hang now and then, for reasons known and not mended yet.  They are kept out of the everyday run
 # and stay in `make test-slow`, so that nobody takes them for passing.
-UNSETTLED = {
-    "test_program_goes_on_from_any_generation[go]": "a Go program does not always come back",
-}
+UNSETTLED = {}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
