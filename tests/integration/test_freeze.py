@@ -354,18 +354,22 @@ def test_the_time_slept_is_known_even_after_injection(start, mode):
     from checkpointd.target.restartable import same_sleep
 
     target = start(mode)
-    seen = []
+    seen: list[int] = []
+    told: list[int] = []
     for _ in range(40):
         with freeze(target.pid) as frozen:
             with frozen.inject() as remote:
                 remote.call(39)
             blocked = frozen.leader.blocked
             if blocked is not None and blocked.asleep_us is not None:
-                assert same_sleep(target.pid, target.pid, blocked)
-                seen.append(blocked.asleep_us)
+                told.append(blocked.asleep_us)
+                # on a busy machine it may sleep a moment for a lock between sample and stop: then nothing is believed
+                if same_sleep(target.pid, target.pid, blocked):
+                    seen.append(blocked.asleep_us)
         time.sleep(0.01)
-    if not seen:
+    if not told:
         pytest.skip("this kernel does not tell how long a thread has slept")
+    assert seen
     # a freeze restarts the call, so no sample can be older than the last one
     assert 0 < max(seen) < 400_000
     target.judge()

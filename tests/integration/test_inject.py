@@ -243,8 +243,7 @@ def test_a_thread_that_cannot_be_woken_goes_home_by_itself(start, monkeypatch):
     with pytest.raises(FrozenTooLong), freeze(target.pid) as frozen:
         frozen.call_timeout_s = 0.1
         with frozen.inject() as remote:
-            half_a_second = remote.put(struct.pack("=qq", 0, 500_000_000))
-            sleep = Call(NR_NANOSLEEP, (half_a_second, 0))
+            sleep = Call(NR_NANOSLEEP, (remote.put(struct.pack("=qq", 4, 0)), 0))
             remote.batch([Call(NR_EVENTFD2, (0, 0)), sleep], undo=[Call(NR_CLOSE, (Result(0),))])
     target.judge()
 
