@@ -6,11 +6,16 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.dump.targets import KnownAlone, mapped_by_nobody_else
+from checkpointd.image.store import Store
+from checkpointd.linux import pidfd
 from checkpointd.memory import PAGE_SIZE
 
 NR_PAGES = 3000
@@ -86,3 +91,51 @@ def test_a_fork_meanwhile_is_noticed(family):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert len(KnownAlone.look(os.getpid(), runs[:0]).still(os.getpid())) == 0
+
+
+WATCHED = """
+import ctypes, fcntl, mmap, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+fd = libc.syscall(323, os.O_CLOEXEC | os.O_NONBLOCK)
+assert fd >= 0
+fcntl.ioctl(fd, 0xC018AA3F, struct.pack("=QQQ", 0xAA, 1 << 1, 0))  # UFFDIO_API with EVENT_FORK
+area = mmap.mmap(-1, 64 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+at = ctypes.addressof(ctypes.c_char.from_buffer(area))
+for page in range(32):
+    area[page * 4096] = 7
+fcntl.ioctl(fd, 0xC020AA00, struct.pack("=QQQQ", at, 64 * 4096, 1, 0))  # UFFDIO_REGISTER for missing pages
+print(fd, flush=True)
+sys.stdin.readline()
+os.close(fd)
+print("closed", flush=True)
+print(sys.stdin.readline(), flush=True)
+"""
+
+
+@pytest.mark.needs("root", "ptrace", "pagemap_scan")
+def test_a_target_whose_forks_somebody_wants_to_hear_of_is_read_stopped(tmp_path):
+    """The fork of a copy would wait for that somebody, and the target with it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WATCHED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as target:
+        try:
+            number = target.stdout.readline()
+            if not number:
+                pytest.skip("no userfaultfd here")
+            theirs = pidfd.pidfd_open(target.pid)
+            ours = pidfd.pidfd_getfd(theirs, int(number))
+            target.stdin.write("\n")
+            assert target.stdout.readline() == "closed\n"
+            Store.open(tmp_path / "store", create=True)
+            dumper = Dumper(target.pid)
+            try:
+                stats = dumper.dump(DumpOptions(store=str(tmp_path / "store"), read_mode="fork"))
+            finally:
+                dumper.close()
+                os.close(ours)
+                os.close(theirs)
+            assert stats.read_mode == "stopped"
+            target.stdin.write("on\n")
+            assert target.stdout.readline() == "on\n"
+        finally:
+            target.kill()
