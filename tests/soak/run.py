@@ -7,7 +7,7 @@ Writes FILE.json and FILE.md after every target and goes on from there when it i
 (`--anew` begins anew).  Ends with status 1 when a target was harmed: it is recorded with what was done to it,
 replaced, and the campaign goes on.
 
-Most kills are of agents forked from a warm process (`zygote`); about one in twenty is of a real service, its agent or
+Most kills are of agents forked from a warm process (`zygote`); about one in fifty is of a real service, its agent or
 its page worker (`service`), which takes a hundred times as long.
 """
 
@@ -30,7 +30,7 @@ from typing import Any
 from tests.soak import lab, service
 from tests.soak.sessions import ALL
 
-SERVICE_KILLS = 5  # in a round of at most 100 kills of one target
+SERVICE_KILLS = 2  # in a round of at most 100 kills of one target
 SESSION_WEIGHTS = {"plain": 1, "inject": 4, "twice": 2, "copy": 3, "fail": 1, "dump": 3}
 MAX_RANDOM_DELAY_US = {"dump": 400_000}  # other sessions: 12 ms
 
