@@ -36,7 +36,7 @@ from checkpointd.dump.division import (
 )
 from checkpointd.dump.options import DumpOptions
 from checkpointd.dump.pages import CopyRequest, Heard, PageWorker
-from checkpointd.dump.targets import KnownAlone, pinned_runs
+from checkpointd.dump.targets import KnownAlone, is_watched, pinned_runs
 from checkpointd.errors import (
     Busy,
     Cancelled,
@@ -124,6 +124,7 @@ class Dumper:
         self._features = features.probe()
         self.sleeps = sleeps or SleepMemory()
         self._forks = True  # until it was refused once
+        self._is_watched = False
         self._precise = False
 
     def track(self, backend: str = "auto", *, precise: bool = False) -> Choice:
@@ -259,6 +260,7 @@ class Dumper:
             raise TargetGone(f"process {self.pid} has no address space (it is exiting)", pid=self.pid)
         captured = capture_address_space(self.pid, vmas, NO_RUNS, work.huge)
         at = work.mark("maps", at)
+        self._is_watched = is_watched(vmas)
         collection = None
         copy: ForkedCopy | None = None
         tracker = self._tracker
@@ -407,7 +409,7 @@ class Dumper:
         return self._fork_pays(options, private, private + nr_pages_in(work.clean))
 
     def _fork_pays(self, options: DumpOptions, nr_dirty: int, nr_present: int) -> bool:
-        if options.kill or options.read_mode == "stopped":
+        if options.kill or options.read_mode == "stopped" or self._is_watched:
             return False
         return options.read_mode == "fork" or (self._forks and fork_pays(nr_dirty, nr_present))
 

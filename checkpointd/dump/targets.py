@@ -87,6 +87,15 @@ class KnownAlone:
         return self.runs if bool(mapped_by_nobody_else(pid, singles).all()) else NO_RUNS
 
 
+def is_watched(vmas: Sequence[Vma]) -> bool:
+    """Is memory registered with a userfaultfd for missing or minor faults, which is somebody else's?
+
+    Its owner may have asked to be told of forks (UFFD_FEATURE_EVENT_FORK): a fork then waits until the owner has read
+    that, and the owner may be one of the threads that stand still.  Source: Linux fs/userfaultfd.c (dup_fctx).
+    """
+    return any(vma.flags & {"um", "ui"} for vma in vmas)
+
+
 def pinned_runs(pid: int, vmas: Sequence[Vma]) -> Runs:
     """Pages that devices may write behind the page tables' back.
 
