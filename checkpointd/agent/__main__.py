@@ -237,7 +237,12 @@ class Agent:
                 self._send({"id": number, "event": "progress", **done})
 
         options = engine.MeasureOptions(
-            args.interval_us, args.epochs, tuple(args.backends), args.run, args.baseline_us
+            args.interval_us,
+            args.epochs,
+            tuple(args.backends),
+            args.run,
+            args.baseline_us,
+            args.max_frozen_us,
         )
         return engine.measure(args.pid, options, emit, lambda: self._leaving or number in self._cancelled)
 

@@ -227,6 +227,7 @@ class MeasureArgs(_Args):
     backends: list[str] = field(default_factory=list)
     run: int = -1
     baseline_us: int = 0
+    max_frozen_us: int = 0
 
 
 @dataclass(frozen=True)

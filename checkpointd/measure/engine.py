@@ -50,6 +50,7 @@ class MeasureOptions:
         backends: names; empty: all that work here.
         run: number of the one run to make of those planned; -1: all, one after the other.
         baseline_us: how long the target is watched before it is tracked; 0: not at all.
+        max_frozen_us: end the measurement rather than freeze the target for longer; 0: no limit.
     """
 
     interval_us: int = 1_000_000
@@ -57,6 +58,7 @@ class MeasureOptions:
     backends: tuple[str, ...] = ()
     run: int = -1
     baseline_us: int = 3_000_000
+    max_frozen_us: int = 0
 
 
 def measure(
@@ -325,13 +327,16 @@ class _Measuring:
         finally:
             os.close(pagemap)
         begun = time.monotonic_ns()
-        reader.read()
+        limit_us = self._options.max_frozen_us
+        deadline_ns = frozen.frozen_at_ns + limit_us * 1000 if limit_us else 0
+        reader.read(deadline_ns)
         with open(f"/proc/{self.pid}/maps", "rb") as file:
             times["vmas"] = file.read().count(b"\n")  # clearing may have merged some
         times["truth"] = (truth_ns + time.monotonic_ns() - begun) // 1000
         if epoch:
             for report in reports:
-                if report["backend"] != PASSIVE and nr_pages_in(report["dirty"]):
+                late = deadline_ns and time.monotonic_ns() > deadline_ns - limit_us * 500
+                if report["backend"] != PASSIVE and nr_pages_in(report["dirty"]) and not late:
                     nr_us = reader.copy(report["dirty"])
                     if nr_us >= 0:
                         times[f"copy {report['backend']}"] = nr_us

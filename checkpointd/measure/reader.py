@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from checkpointd.errors import Busy, CheckpointError, TargetGone
+from checkpointd.errors import Busy, CheckpointError, FrozenTooLong, TargetGone
 from checkpointd.image.digest import digest_pages
 from checkpointd.image.format import BLOCK_PAGES
 from checkpointd.measure.account import MAX_MAPPINGS, Report, Truth, judge, within
@@ -64,9 +64,13 @@ class ReaderProcess:
         """In the freeze, before any tracker collects: the mappings, their flags and perhaps the soft-dirty bits."""
         self._ask("look", bits)
 
-    def read(self) -> None:
-        """In the freeze: all memory."""
-        self._ask("read")
+    def read(self, deadline_ns: int = 0) -> None:
+        """In the freeze: all memory.
+
+        Raises:
+            FrozenTooLong: the deadline (CLOCK_MONOTONIC; 0: none) passed first.
+        """
+        self._ask("read", deadline_ns)
 
     def copy(self, runs: Runs) -> int:
         """In the freeze: read these pages as a dump would; the time in microseconds."""
@@ -136,8 +140,15 @@ class _Server:
         self._mappings = self._reader.mappings()
         self._bits = self._reader.soft_dirty(self._mappings) if bits else None
 
-    def read(self) -> None:
-        self._now = self._reader.read(self._mappings)
+    def read(self, deadline_ns: int = 0) -> None:
+        try:
+            self._now = self._reader.read(self._mappings, deadline_ns)
+        except TimeoutError:
+            raise FrozenTooLong(
+                f"process {self._pid} could not be read in the time it may be frozen; it runs on",
+                hint="allow more with --max-frozen, or measure a smaller process",
+                pid=self._pid,
+            ) from None
 
     def copy(self, runs: Runs) -> int:
         data = np.empty(int(runs[:, 1].sum()) * PAGE if len(runs) else 0, dtype=np.uint8)

@@ -17,6 +17,7 @@ import errno
 import itertools
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -46,6 +47,7 @@ _MARKER = np.uint64(31)  # the swap type of pte markers: no data behind it
 
 _SPARSE_PAGES = 1 << 18  # from 1 GiB on a VMA is searched for its pages before its words are read
 _WORDS = 1 << 18
+_AT_ONCE = 16 << 20
 
 _LINE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) ([r-][w-][x-][ps]) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+)[ ]*(.*)$",
@@ -148,11 +150,12 @@ class Reader:
             self._room = np.zeros((nr_pages, PAGE), dtype=np.uint8)
             self._room[:, 0] = 1
 
-    def read(self, mappings: Sequence[Mapping]) -> Reading:
+    def read(self, mappings: Sequence[Mapping], deadline_ns: int = 0) -> Reading:
         """Everything.  The process must stand still.
 
         Raises:
             OSError: ESRCH when it is gone.
+            TimeoutError: the deadline (CLOCK_MONOTONIC; 0: none) passed.
         """
         numbers, sources = self._find(mappings)
         total = sum(len(pages) for pages, _ in sources)
@@ -161,7 +164,7 @@ class Reader:
         unreadable: list[int] = []
         at = 0
         for pages, path in sources:
-            bad = _fill(path, pages, room[at : at + len(pages)])
+            bad = _fill(path, pages, room[at : at + len(pages)], deadline_ns)
             unreadable += (bad + at).tolist()
             at += len(pages)
         data = room[:total]
@@ -257,6 +260,9 @@ def _own_words(pagemap: int, mapping: Mapping) -> Iterator[tuple[U64, U64]]:
             entry = words & _ENTRY
             swapped = ((words & _SWAPPED) != 0) & ~present & ((words & _GUARD) == 0)
             swapped &= (entry == 0) | ((entry & _MARKER) != _MARKER)
+            swapped &= (
+                words & _FILE_OR_SHARED
+            ) == 0  # a page of the file that is being migrated looks swapped out
             own = (present & ((words & _FILE_OR_SHARED) == 0)) | swapped
             yield np.flatnonzero(own).astype(np.uint64) + np.uint64(at), words[own]
 
@@ -274,11 +280,12 @@ def _data_pages(fd: int, size_bytes: int) -> U64:
     return np.concatenate(parts) if parts else NO_PAGES
 
 
-def _fill(path: str, pages: U64, into: Pages) -> npt.NDArray[np.int64]:
+def _fill(path: str, pages: U64, into: Pages, deadline_ns: int) -> npt.NDArray[np.int64]:
     """Read pages of a file; positions of those that cannot be read.
 
     Raises:
         OSError: ESRCH when the process is gone.
+        TimeoutError: the deadline passed.
     """
     bad: list[int] = []
     if len(pages) == 0:
@@ -291,8 +298,10 @@ def _fill(path: str, pages: U64, into: Pages) -> npt.NDArray[np.int64]:
             view = memoryview(into[first:last].reshape(-1).data)
             done = 0
             while done < len(view):
+                if deadline_ns and time.monotonic_ns() > deadline_ns:
+                    raise TimeoutError
                 try:
-                    got = os.preadv(fd, [view[done:]], offset + done)
+                    got = os.preadv(fd, [view[done : done + _AT_ONCE]], offset + done)
                 except OSError as error:
                     if error.errno != errno.EIO:
                         raise

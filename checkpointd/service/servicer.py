@@ -224,9 +224,14 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
             backends=list(request.backends),
             run=request.run - 1,
             baseline_us=request.baseline_us,
+            max_frozen_us=request.max_frozen_us,
         )
         least, most = MEASURE_INTERVAL_US
-        if not least <= args.interval_us <= most or not 0 <= args.baseline_us <= most:
+        if (
+            not least <= args.interval_us <= most
+            or not 0 <= args.baseline_us <= most
+            or args.max_frozen_us < 0
+        ):
             raise UsageError("an interval is from 10 ms to one hour long", hint="give e.g. --interval 1s")
         if not 0 < args.epochs <= MEASURE_EPOCHS:
             raise UsageError(f"a measurement has 1 to {MEASURE_EPOCHS} epochs", hint="give e.g. --epochs 20")

@@ -135,8 +135,8 @@ def test_a_command_is_started_and_ended(house, tmp_path):
 
 def test_a_command_that_ends_by_itself_ends_the_measurement(house):
     done = house.checkpoint(
-        *("measure", "--epochs", "50", "--interval", "200ms", "--baseline", "0", "--backends", "content"),
-        *("--", sys.executable, "-c", "import time; time.sleep(3)"),
+        *("measure", "--epochs", "9999", "--interval", "200ms", "--baseline", "0", "--backends", "content"),
+        *("--", sys.executable, "-c", "import time; time.sleep(25)"),
     )
     assert done.returncode == 0, done.stderr
     assert "it ended early: target gone" in done.stdout
@@ -210,6 +210,13 @@ def test_a_client_that_dies_leaves_an_operation_that_can_be_cancelled(house, tar
         return [o["id"] for o in status["operations"] if o["state"] == "running"]
 
     wait_until(lambda: not running(), "the service to end what nobody listens to")
+    assert target.runs_on()
+
+
+def test_a_freeze_that_takes_too_long_ends_the_measurement(house, target):
+    done = house.checkpoint("measure", "-p", str(target.pid), "--baseline", "0", "--max-frozen", "1us")
+    assert done.returncode == 14
+    assert "--max-frozen" in done.stderr
     assert target.runs_on()
 
 

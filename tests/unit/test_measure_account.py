@@ -6,7 +6,7 @@ import pytest
 
 from checkpointd.measure.account import CAUSES, Report, Truth, judge
 from checkpointd.measure.reader import _compare
-from checkpointd.measure.truth import OBJECTS, Mapping, object_page, parse_smaps
+from checkpointd.measure.truth import OBJECTS, Mapping, _own_words, object_page, parse_smaps
 
 NONE = np.zeros(0, dtype=np.uint64)
 
@@ -128,6 +128,24 @@ def test_lines_that_differ_are_counted():
     differs, lines = _compare(old, at, new, at)
     assert differs.tolist() == [False, True, True]
     assert lines.tolist() == [2, 64]
+
+
+def test_what_holds_data_is_told_by_pagemap_words(tmp_path):
+    present, swap, file_page, guard, soft = 1 << 63, 1 << 62, 1 << 61, 1 << 58, 1 << 55
+    words = [
+        *(present | soft, present | file_page, swap | 0x40, swap | 0x3F, swap | guard | 0x9F),
+        *(
+            swap | file_page | 0x60,
+            0,
+            swap,
+        ),  # migrating page of a file, hole, swap entry hidden from this user
+    ]
+    path = tmp_path / "pagemap"
+    path.write_bytes(np.array([0] * 8 + words, dtype=np.uint64).tobytes())
+    with path.open("rb") as file:
+        found = list(_own_words(file.fileno(), mapping(8, 16)))
+    assert found[0][0].tolist() == [8, 10, 15]
+    assert [bool(word >> 55 & 1) for word in found[0][1].tolist()] == [True, False, False]
 
 
 def test_smaps_is_read_by_a_parser_of_its_own():

@@ -352,7 +352,7 @@ class RestoreEvent(_message.Message):
     def __init__(self, started: _Optional[_Union[OperationStarted, _Mapping]] = ..., phase: _Optional[_Union[OperationPhase, _Mapping]] = ..., progress: _Optional[_Union[OperationProgress, _Mapping]] = ..., stats: _Optional[_Union[RestoreStats, _Mapping]] = ..., summary: _Optional[_Union[RestoreSummary, _Mapping]] = ...) -> None: ...
 
 class MeasureRequest(_message.Message):
-    __slots__ = ("pid", "interval_us", "epochs", "backends", "run", "baseline_us", "cancel_on_disconnect")
+    __slots__ = ("pid", "interval_us", "epochs", "backends", "run", "baseline_us", "cancel_on_disconnect", "max_frozen_us")
     PID_FIELD_NUMBER: _ClassVar[int]
     INTERVAL_US_FIELD_NUMBER: _ClassVar[int]
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
@@ -360,6 +360,7 @@ class MeasureRequest(_message.Message):
     RUN_FIELD_NUMBER: _ClassVar[int]
     BASELINE_US_FIELD_NUMBER: _ClassVar[int]
     CANCEL_ON_DISCONNECT_FIELD_NUMBER: _ClassVar[int]
+    MAX_FROZEN_US_FIELD_NUMBER: _ClassVar[int]
     pid: int
     interval_us: int
     epochs: int
@@ -367,7 +368,8 @@ class MeasureRequest(_message.Message):
     run: int
     baseline_us: int
     cancel_on_disconnect: bool
-    def __init__(self, pid: _Optional[int] = ..., interval_us: _Optional[int] = ..., epochs: _Optional[int] = ..., backends: _Optional[_Iterable[str]] = ..., run: _Optional[int] = ..., baseline_us: _Optional[int] = ..., cancel_on_disconnect: bool = ...) -> None: ...
+    max_frozen_us: int
+    def __init__(self, pid: _Optional[int] = ..., interval_us: _Optional[int] = ..., epochs: _Optional[int] = ..., backends: _Optional[_Iterable[str]] = ..., run: _Optional[int] = ..., baseline_us: _Optional[int] = ..., cancel_on_disconnect: bool = ..., max_frozen_us: _Optional[int] = ...) -> None: ...
 
 class MeasureRecord(_message.Message):
     __slots__ = ("json",)

@@ -52,6 +52,9 @@ Record = dict[str, Any]
     "--warmup", type=OptionalDuration(), default="0", help="Let a started command run so long first."
 )
 @click.option(
+    "--max-frozen", type=OptionalDuration(), default="10s", help="End it rather than freeze for longer."
+)
+@click.option(
     "--probe", default="", metavar="CMD", help="Shell command that prints how much was done so far."
 )
 @click.option("-o", "--output", default="", metavar="FILE", help="Keep the record, for `report`.")
@@ -147,6 +150,7 @@ class _Measuring:
             epochs=self._options["epochs"],
             backends=[name.strip() for name in self._options["backends"].split(",") if name.strip()],
             baseline_us=self._options["baseline"],
+            max_frozen_us=self._options["max_frozen"],
             cancel_on_disconnect=True,  # the record is with us: without us there is none
         )
         with display(self._session, f"measuring {pid}") as show:
