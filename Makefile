@@ -5,7 +5,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check lint format types imports drift proto man bench soak setup-lab kernel vm check-vm clean
+.PHONY: help setup demo test test-slow check lint format types imports drift proto man bench study soak setup-lab kernel vm check-vm clean
 
 KERNEL ?= 6.12-precise
 CMD    ?= uname -r
@@ -61,6 +61,9 @@ man: $(STAMP) ## build the man pages into build/man
 
 bench: $(STAMP) ## measure against physical limits and peers (long)
 	$(PY) -m benchmarks $(ARGS)
+
+study: $(STAMP) ## measure real programs, write docs/savings.md (hours; goes on where it was)
+	PYTHONPATH=kernel-shim $(PY) -m benchmarks.study $(ARGS)
 
 soak: $(STAMP) ## kill agents and services 10,000 times (long; goes on where it was interrupted)
 	$(PY) -m tests.soak.run --kills 10000 $(ARGS)
