@@ -303,51 +303,6 @@ def _raise(name: str) -> None:
     raise KeyboardInterrupt(name)
 
 
-_STOPPED_AGENT = """
-import os, signal, sys
-from checkpointd.target.freeze import freeze
-from checkpointd.target.watchdog import Watchdog
-watchdog = Watchdog()
-with watchdog.armed(30):
-    pass
-print(watchdog.pid, flush=True)
-with watchdog.armed(0.3), freeze(int(sys.argv[1])) as frozen, frozen.inject() as remote:
-    remote.batch([])
-    os.kill(os.getpid(), signal.SIGSTOP)
-"""
-
-
-def test_the_watchdog_ends_an_agent_that_is_itself_stopped(start):
-    target = start("threads9")
-    agent = subprocess.Popen(
-        [sys.executable, "-c", _STOPPED_AGENT, str(target.pid)], stdout=subprocess.PIPE, cwd=lab.ROOT
-    )
-    assert agent.stdout is not None
-    watchdog = int(agent.stdout.readline())
-    assert agent.wait(20) == -signal.SIGKILL
-    target.judge()
-    _wait(lambda: not Path(f"/proc/{watchdog}/stat").exists() or _is_zombie(watchdog))
-
-
-def _is_zombie(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-
-
-def test_the_watchdog_is_replaced_when_it_died():
-    from checkpointd.target.watchdog import Watchdog
-
-    watchdog = Watchdog()
-    try:
-        first = watchdog.pid
-        os.kill(first, signal.SIGKILL)
-        _wait(lambda: _is_zombie(first))
-        watchdog.arm(60)
-        watchdog.disarm()
-        assert watchdog.pid != first
-    finally:
-        watchdog.close()
-
-
 @pytest.mark.parametrize("mode", ["nanosleep-long", "epoll-long"])
 def test_the_time_slept_is_known_even_after_injection(start, mode):
     """400 ms sleeps: what was sampled before the freeze agrees with the clock between two freezes of one sleep."""

@@ -64,7 +64,7 @@ class Campaign:
     def go_on_from(self, result: dict[str, Any], seed: int) -> None:
         """Take over what an interrupted campaign has done."""
         self.tally.kills = result["kills"]
-        self.tally.sessions = result["kills"] + result["sessions_finished_before_the_kill"]
+        self.tally.sessions = result["sessions"]
         self.tally.failures = list(result["harmed"])
         self.tally.points = dict(result["by_point"])
         self.by_target = Counter(result["by_target"])
@@ -168,7 +168,7 @@ def write(args: argparse.Namespace, campaign: Campaign, began: float) -> None:
         "seconds": round(campaign.seconds_before + time.time() - began),
         "scenarios": campaign.nr_scenarios,
         "kills": tally.kills,
-        "sessions_finished_before_the_kill": tally.sessions - tally.kills,
+        "sessions": tally.sessions,
         "harmed": tally.failures,
         "by_target": dict(campaign.by_target),
         "by_session": dict(campaign.by_session),
