@@ -54,6 +54,7 @@ from checkpointd.memory import (
     nr_pages_in,
     pages_of,
 )
+from checkpointd.procfs.process import read_stat
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -70,6 +71,7 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _MAP_NORESERVE = 0x4000
 _BUFFER_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _PROGRESS_INTERVAL_S = 0.02
+_STOPPED_CHECK_S = 0.5
 
 Heard = Callable[[int, int], None]
 """Gets (pages done, pages in all); what it raises stops the work."""
@@ -100,27 +102,47 @@ class CopyRequest:
 class PageWorker:
     """The agent's end.
 
+    A worker that was killed (out of memory) is replaced at the next `begin`.  One that somebody stopped while a target
+    may stand still for it is killed.
+
     Args:
         buffer_bytes: what pages of a stopped target may take in memory.
     """
 
     def __init__(self, *, buffer_bytes: int = MAX_BUFFER_BYTES) -> None:
+        self._buffer_bytes = buffer_bytes
+        self._start()
+
+    def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "checkpointd.dump.pages", str(theirs.fileno()), str(buffer_bytes)],
+                [
+                    sys.executable,
+                    "-m",
+                    "checkpointd.dump.pages",
+                    str(theirs.fileno()),
+                    str(self._buffer_bytes),
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
         self._connection = Connection(ours.detach())
         self._copying = False
 
+    def _revive(self) -> None:
+        if self._process.poll() is not None:
+            self._connection.close()
+            self._start()
+
     def begin(self, *, store: str, parent: str, compress: str, expected_pages: int) -> None:
         """Open the store, load the parent's index and touch the buffer.  Before the freeze."""
+        self._revive()
         self._ask("begin", store, parent, compress, expected_pages)
 
     def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
         """The id of the newest image of that very process; "" when there is none."""
+        self._revive()
         found: str = self._ask("latest_of", store, pid, start_time, boot_id)
         return found
 
@@ -194,7 +216,7 @@ class PageWorker:
     def _receive(self, heard: Heard | None) -> Any:
         stopped_by: BaseException | None = None
         try:
-            while (answer := self._connection.recv())[0] == "progress":
+            while (answer := self._next_answer())[0] == "progress":
                 if heard is None or stopped_by is not None:
                     continue
                 try:
@@ -210,6 +232,22 @@ class PageWorker:
         if kind == "error":
             raise CheckpointError.from_dict(value)
         return value
+
+    def _next_answer(self) -> Any:
+        was_stopped = False
+        while not self._connection.poll(_STOPPED_CHECK_S):
+            is_stopped = self._is_stopped()
+            if is_stopped and was_stopped:
+                self._process.kill()
+            was_stopped = is_stopped
+        return self._connection.recv()
+
+    def _is_stopped(self) -> bool:
+        """SIGSTOP or a debugger holds it, and with it perhaps a frozen target."""
+        try:
+            return read_stat(self._process.pid).state in "tT"
+        except (OSError, ValueError):
+            return False
 
 
 def _gone() -> CheckpointError:

@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 from checkpointd import tracepoint
 from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.dump.pages import PageWorker
-from checkpointd.errors import Cancelled, FrozenTooLong
+from checkpointd.errors import Cancelled, CheckpointError, FrozenTooLong
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE, PRIVATE_OBJECT
 
@@ -228,3 +229,32 @@ def test_what_the_buffer_cannot_hold_is_encoded_while_stopped(target, store, tmp
         made = dumper.dump(options(tmp_path, read_mode="stopped"))
         assert made.pages_dirty * PAGE_SIZE > size
         assert target.memory_differs_from(store.load(made.image_id)) == []
+
+
+def _worker_pid(dumper):
+    return dumper._worker._process.pid
+
+
+@pytest.mark.parametrize(
+    ("point", "how"),
+    [("dump.collected", signal.SIGSTOP), ("dump.collected", signal.SIGKILL), ("dump.commit", signal.SIGKILL)],
+)
+def test_a_page_worker_that_is_stopped_or_killed_costs_one_dump(target, store, tmp_path, point, how):
+    """The target goes on, and the next dump has everything, with a worker of its own."""
+    dumper = Dumper(target.pid)
+    options = DumpOptions(store=str(tmp_path / "store"), incremental=True, read_mode="stopped")
+    try:
+        first = dumper.dump(options)
+        target.write(p3=3)
+        tracepoint.register(point, lambda name: os.kill(_worker_pid(dumper), how), at=1)
+        try:
+            with pytest.raises(CheckpointError, match="page worker"):
+                dumper.dump(options)
+        finally:
+            tracepoint.clear()
+        target.write(p5=5)
+        second = dumper.dump(options)
+        assert second.parent_id == first.image_id
+        assert target.memory_differs_from(store.load(second.image_id)) == []
+    finally:
+        dumper.close()
