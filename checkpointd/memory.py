@@ -65,6 +65,7 @@ class Vma:
             into `deleted`.
         flags: the two-letter VmFlags of smaps (proc_pid_smaps(5)); empty when only maps was read.
         huge_bytes: AnonHugePages of smaps: how much of it lay in transparent huge pages then.
+        protection_key: of pkeys(7); 0 for none.
     """
 
     start: int
@@ -79,6 +80,7 @@ class Vma:
     kind: VmaKind
     flags: frozenset[str] = frozenset()
     huge_bytes: int = field(default=0, compare=False)
+    protection_key: int = field(default=0, compare=False)
 
     @property
     def nr_pages(self) -> int:

@@ -22,6 +22,7 @@ _LINE = re.compile(
 )
 _POPULATED = re.compile(rb"\n(?:(?:Rss|Swap|Shared_Hugetlb|Private_Hugetlb): +[1-9]|VmFlags:.* ht)")
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
+_KEY = re.compile(rb"^ProtectionKey:\s+([1-9]\d*)$", re.MULTILINE)
 _DELETED = b" (deleted)"
 
 # vm_flags of smaps that mark memory without struct pages behind it
@@ -80,13 +81,15 @@ def parse_maps(text: bytes) -> Iterator[Vma]:
 def parse_smaps(text: bytes) -> Iterator[Vma]:
     """The VMAs of an smaps file."""
     matches = list(_LINE.finditer(text))
+    has_keys = _KEY.search(text) is not None
     for n, match in enumerate(matches):
         end = matches[n + 1].start() if n + 1 < len(matches) else len(text)
         at = text.find(b"\nVmFlags:", match.end(), end)
         line = text[at + 9 : text.find(b"\n", at + 1)] if at >= 0 else b""
         huge = text.find(b"\nAnonHugePages:", match.end(), end)
         huge_kib = int(text[huge + 15 : text.find(b"kB", huge)]) if huge >= 0 else 0
-        yield _vma(match, frozenset(line.decode("ascii").split()), huge_kib << 10)
+        key = _KEY.search(text, match.end(), end) if has_keys else None
+        yield _vma(match, frozenset(line.decode("ascii").split()), huge_kib << 10, int(key[1]) if key else 0)
 
 
 def read_populated(pid: int) -> list[tuple[int, int]]:
@@ -104,7 +107,7 @@ def parse_populated(text: bytes) -> Iterator[tuple[int, int]]:
             yield int(match[1], 16), int(match[2], 16)
 
 
-def _vma(match: re.Match[bytes], flags: frozenset[str], huge_bytes: int = 0) -> Vma:
+def _vma(match: re.Match[bytes], flags: frozenset[str], huge_bytes: int = 0, protection_key: int = 0) -> Vma:
     start, end, r, w, x, sharing, offset, major, minor, inode, raw_path = match.groups()
     deleted = raw_path.endswith(_DELETED)
     if deleted:
@@ -126,6 +129,7 @@ def _vma(match: re.Match[bytes], flags: frozenset[str], huge_bytes: int = 0) -> 
         kind=_kind(path, shared, dev, deleted, flags),
         flags=flags,
         huge_bytes=huge_bytes,
+        protection_key=protection_key,
     )
 
 

@@ -127,7 +127,7 @@ def check_ids(state: ProcessState, *, wait_s: float) -> None:
     )
 
 
-def file_conflicts(space: AddressSpace, fds: Mapping[FdKey, int], root: str) -> list[str]:
+def file_conflicts(space: AddressSpace, fds: Mapping[FdKey, int]) -> list[str]:
     """Mapped files that are not what they were at the dump."""
     found = []
     private = {vma.file for vma in space.vmas if vma.file is not None and not vma.shared}
@@ -137,7 +137,7 @@ def file_conflicts(space: AddressSpace, fds: Mapping[FdKey, int], root: str) -> 
         identity = space.files[key.number]
         problem = _compare(identity, os.fstat(fd), is_private=key.number in private)
         if problem:
-            found.append(f"{root.rstrip('/')}{identity.path} changed since the dump ({problem})")
+            found.append(f"{identity.path} changed since the dump ({problem})")
     return sorted(set(found))
 
 

@@ -57,7 +57,7 @@ class Objects:
     _made_files: list[str] = field(default_factory=list)
     _existed: set[int] = field(default_factory=set)
 
-    def open_all(self, keys: Iterable[FdKey], root: str) -> None:
+    def open_all(self, keys: Iterable[FdKey]) -> None:
         """Open and make everything.
 
         Raises:
@@ -72,7 +72,7 @@ class Objects:
                     fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
                 self.fds[key] = fd
             else:
-                self.fds[key] = open_file(self.space.files[key.number], root, writable=key.writable)
+                self.fds[key] = open_file(self.space.files[key.number], writable=key.writable)
 
     def _is_needed_read_only(self, number: int) -> bool:
         return any(vma.object == number and vma.shared and "mw" not in vma.flags for vma in self.space.vmas)
@@ -226,13 +226,13 @@ def _make_memfd(one: SharedObject) -> int:
     return fd
 
 
-def open_file(identity: FileIdentity, root: str, *, writable: bool) -> int:
+def open_file(identity: FileIdentity, *, writable: bool) -> int:
     """Open a mapped file again.
 
     Raises:
         RestoreConflict: it is gone or may not be opened.
     """
-    path = root.rstrip("/") + identity.path
+    path = identity.path
     try:
         return os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:

@@ -207,11 +207,11 @@ class _Restorer:
             if not os.path.isdir(path):
                 conflicts.append(f"its {what} {path} is gone")
         try:
-            self.objects.open_all(plan.needs(self.space), state.root)
+            self.objects.open_all(plan.needs(self.space))
         except RestoreConflict as error:
             conflicts.append(error.message)
         if self.options.files.changed == "refuse":
-            conflicts += checks.file_conflicts(self.space, self.objects.fds, state.root)
+            conflicts += checks.file_conflicts(self.space, self.objects.fds)
         if self.files is not None:
             conflicts += check_files(
                 self.files,
@@ -234,7 +234,7 @@ class _Restorer:
         if state.exe_deleted:
             return None
         identity = FileIdentity(state.exe.path, state.exe.dev, state.exe.inode, 0, 0)
-        return open_file(identity, "/", writable=False)
+        return open_file(identity, writable=False)
 
     def _spawn(self, exe_fd: int | None) -> Stub:
         state = self.process

@@ -12,6 +12,8 @@ from checkpointd.memory import VmaKind
 class FileIdentity:
     """A file on disk that an image refers to instead of holding it.
 
+    `path` is as seen from checkpointd's root, whatever the process's is.
+
     Restore refuses when `size`, `mtime_ns` or the build id differ (private mappings of code and data), so
     that old pages never meet a new library.
     """

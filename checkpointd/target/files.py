@@ -134,7 +134,7 @@ def prepare_files(pid: int, options: FilesOptions | None = None) -> FilesDraft:
 
 
 def _prepare(pid: int, options: FilesOptions) -> FilesDraft:
-    draft = FilesDraft(boot_id=boot_id(), mounts=read_mounts(pid))
+    draft = FilesDraft(boot_id=boot_id(), mounts=read_mounts(os.getpid()))
     with Session(pid, options, final=False, mounts=draft.mounts) as session:
         _describe(session)
         draft.inotify_paths = session.inotify_paths

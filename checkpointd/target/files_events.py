@@ -177,7 +177,7 @@ def _path_by_handle(session: Session, entry: fdinfo.InotifyEntry) -> str | None:
         return None
     for mount in _mounts_of(session, entry.device):
         try:
-            mount_fd = os.open(session.seen(mount.mount_point), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            mount_fd = os.open(mount.mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             continue
         try:
@@ -245,7 +245,7 @@ def _walk(session: Session, start: str) -> Iterator[tuple[str, int]]:
     queue = [start]
     for directory in queue:
         try:
-            entries = list(os.scandir(session.seen(directory)))
+            entries = list(os.scandir(directory))
         except OSError:
             continue
         for item in entries:

@@ -147,21 +147,17 @@ class Session:
         except PermissionError:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def seen(self, path: str) -> str:
-        """The target's path as we reach it, its root being possibly another."""
-        return f"/proc/{self.pid}/root{path}" if path.startswith("/") else path
-
     def stat(self, path: str) -> os.stat_result | None:
-        """Of a path of the target, None when it leads nowhere."""
+        """Of a path as /proc shows it, from our root whatever the target's is; None when it leads nowhere."""
         try:
-            return os.stat(self.seen(path))
+            return os.stat(path)
         except OSError:
             return None
 
     def file_system(self, mount_id: int) -> str:
         """Type of the file system, "" for one mounted nowhere (memfd, pipes, anonymous inodes)."""
         if mount_id not in self.mounts:
-            self.mounts.update(read_mounts(self.pid))
+            self.mounts.update(read_mounts(os.getpid()))  # the same mounts, from our root
         mount = self.mounts.get(mount_id)
         return mount.fs_type if mount else ""
 

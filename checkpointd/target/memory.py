@@ -156,7 +156,7 @@ def _cut(vma: Vma, runs: Runs) -> tuple[tuple[int, int], ...]:
 
 def _identity(pid: int, vma: Vma) -> FileIdentity:
     try:
-        found = os.stat(f"/proc/{pid}/root{vma.path}")
+        found = os.stat(vma.path)  # /proc shows paths from our root, whatever the target's is
         if found.st_ino != vma.inode:
             found = os.stat(_map_files(pid, vma))
     except FileNotFoundError:

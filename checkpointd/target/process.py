@@ -227,6 +227,10 @@ def vma_blockers(vmas: Iterable[Vma]) -> list[str]:
             found.append(f"mapping {vma} is a shadow stack")
         elif vma.kind is VmaKind.HUGETLB:
             found.append(f"mapping {vma} is of the hugetlb pool, which is not restored yet")
+        if vma.protection_key:
+            found.append(
+                f"mapping {vma} has protection key {vma.protection_key} (pkeys), which is not restored"
+            )
         if vma.end > TASK_SIZE and vma.kind is not VmaKind.VSYSCALL:
             found.append(f"mapping {vma} lies above the 47-bit address space")
     return found

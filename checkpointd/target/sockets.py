@@ -251,7 +251,14 @@ def _outside(session: Session, one: OpenFd, sock: socket.socket, peer_name: byte
 
 
 def _socket_file(session: Session, info: sockets.UnixInfo) -> SocketFile:
-    path = os.path.join(session.cwd(), os.fsdecode(info.name))
+    name = os.fsdecode(info.name)
+    root = os.readlink(f"/proc/{session.pid}/root")
+    if root != "/" and name.startswith("/"):
+        raise CannotSaveError(
+            f"a UNIX socket is bound to {name} within the root directory {root}, "
+            "which cannot be done again from outside"
+        )
+    path = os.path.join(session.cwd(), name)
     there = session.stat(path)
     if there is None or not stat.S_ISSOCK(there.st_mode) or (info.file and there.st_ino != info.file[1]):
         return SocketFile(path, 0o755, 0, 0, deleted=True)

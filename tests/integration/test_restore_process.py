@@ -505,6 +505,25 @@ def test_secret_memory_is_a_blocker() -> None:
     assert any("secret" in one for one in blockers_of(code))
 
 
+@pytest.mark.parametrize("call,word", [("65, 1", "MDWE"), ("26, 2", "PR_SET_TSC")])
+def test_what_only_the_process_can_be_asked_is_refused_in_the_freeze(call: str, word: str) -> None:
+    # a program that runs on: the clock of a Python without time stamp counter would kill it
+    code = f"import ctypes; libc = ctypes.CDLL(None); assert libc.prctl({call}, 0, 0, 0) == 0; print('r', flush=True)\n"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code + "while True: libc.usleep(1000)"], stdout=subprocess.PIPE
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"r\n"
+        with pytest.raises(Unsupported, match=word):
+            capture(child.pid)
+        assert read_stat(child.pid).state in "SR"
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.communicate()
+
+
 def _has_secretmem() -> bool:
     import ctypes
 

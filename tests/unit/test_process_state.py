@@ -11,6 +11,7 @@ from checkpointd.linux import signal as sig
 from checkpointd.linux import timer
 from checkpointd.linux.arch import Nr
 from checkpointd.memory import TASK_SIZE, Vma, VmaKind
+from checkpointd.procfs import maps
 from checkpointd.restore.credentials import credential_steps, missing_rights
 from checkpointd.restore.signals import action_steps, timer_steps
 from checkpointd.restore.threads import checked_xstate
@@ -18,7 +19,7 @@ from checkpointd.state import codec
 from checkpointd.state.process import Limit
 from checkpointd.state.signals import PosixTimer, SignalAction, SignalsState
 from checkpointd.state.threads import AltStack, Credentials, Rseq, Scheduling, Sleep, ThreadState
-from checkpointd.target.process import parse_limits, vma_blockers
+from checkpointd.target.process import _feature_blockers, parse_limits, vma_blockers
 from checkpointd.target.remote import Call
 from checkpointd.target.signals import parse_timers
 from checkpointd.target.threads import RememberedSleep, SleepMemory
@@ -203,6 +204,37 @@ def test_impossible_registers_are_refused(change: dict[str, object]) -> None:
 
 def test_registers_of_a_smaller_cpu_fit_a_larger_one() -> None:
     assert len(checked_xstate(thread(xstate=bytes(600), xstate_size_bytes=832), 11008)) == 11008
+
+
+@pytest.mark.parametrize(
+    "status,words",
+    [
+        ({"x86_Thread_features": "shstk wrss", "untag_mask": "0xffffffffffffffff"}, ["shadow stacks"]),
+        ({"x86_Thread_features": "", "untag_mask": "0x81ffffffffffffff"}, ["tagged addresses"]),
+        ({"x86_Thread_features": "", "untag_mask": "0xffffffffffffffff"}, []),
+        ({}, []),
+    ],
+)
+def test_features_of_the_cpu_that_are_not_restored(status: dict[str, str], words: list[str]) -> None:
+    found = _feature_blockers(status)
+    assert len(found) == len(words)
+    assert all(word in sentence for word, sentence in zip(words, found, strict=True))
+
+
+def test_protection_keys_and_huge_pages_are_read_from_smaps_and_keys_refused() -> None:
+    head = (
+        "{:x}-{:x} rw-p 00000000 00:00 0 \nSize: 8 kB\nAnonHugePages:      {} kB\nProtectionKey:         {}\n"
+    )
+    text = "".join(
+        head.format(at, at + 0x2000, huge, key) + "VmFlags: rd wr mr mw me ac \n"
+        for at, huge, key in ((0x10000, 0, 0), (0x20000, 4096, 3), (0x30000, 2048, 0))
+    ).encode()
+    vmas = list(maps.parse_smaps(text))
+    assert [vma.protection_key for vma in vmas] == [0, 3, 0]
+    assert [vma.huge_bytes for vma in vmas] == [0, 4 << 20, 2 << 20]
+    (reason,) = vma_blockers(vmas)
+    assert "20000" in reason
+    assert "protection key 3" in reason
 
 
 @pytest.mark.parametrize(
