@@ -41,6 +41,10 @@ from checkpointd.linux import pidfd
 
 _PROGRESS_INTERVAL_S = 0.1
 
+_LEAVE_TIMEOUT_S = 60.0
+"""How long the main thread may take to end once the service is gone: a cancelled dump looks up every few
+milliseconds, whatever the target's size.  An agent that hangs kills itself then, which lets its target go."""
+
 
 class Agent:
     """State of this process; see the module's text."""
@@ -76,6 +80,8 @@ class Agent:
             if message is None or message.get("op") == "shutdown":
                 self._leaving = True
                 self._requests.put(None)
+                time.sleep(_LEAVE_TIMEOUT_S)  # the end of the main thread ends this one
+                os.kill(os.getpid(), signal.SIGKILL)
                 return
             op, number = message.get("op"), int(message.get("id", 0))
             if op == "cancel":

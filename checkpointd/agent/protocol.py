@@ -172,7 +172,6 @@ class DumpArgs(_Args):
         compress: "zstd", "zstd:LEVEL" or "none"; "" for the default.
         parent: full id of the parent image; "" for the last image of this target.
         read_mode: "auto", "stopped" or "fork".
-        leave_stopped: SIGSTOP for the target before it is let go.
         tcp: "refuse" (or "") established connections, "close" saves them to come back closed.
         external: one word for pipes and local sockets to the outside: "keep" (or none), "null", "refuse".
         deadline_s: seconds left when the request was sent; None: no limit.
@@ -188,7 +187,6 @@ class DumpArgs(_Args):
     tag: str = ""
     parent: str = ""
     read_mode: str = "auto"
-    leave_stopped: bool = False
     tcp: str = ""
     external: list[str] = field(default_factory=list)
     deadline_s: float | None = None

@@ -310,7 +310,7 @@ class Dumper:
             self._worker.read_and_encode(stopped, heard)
         elif any(len(request.runs) for request in stopped):
             self._worker.copy(stopped, heard)
-        self._read_deleted_files(files)
+        self._read_deleted_files(files, heard)
         work.mark("copying", at)
         tracepoint.hit("dump.copied")
         # threads cannot have moved, but a SIGKILL from outside empties the address space under us
@@ -328,7 +328,7 @@ class Dumper:
         work.stats.read_mode = "fork"
         return copy
 
-    def _read_deleted_files(self, files: CapturedFiles) -> None:
+    def _read_deleted_files(self, files: CapturedFiles, heard: Heard) -> None:
         """Content of open deleted files that is too large for the state, read before anybody can change it."""
         requests = []
         for extra in files.extra_objects:
@@ -337,7 +337,7 @@ class Dumper:
             requests.append(CopyRequest(self.pid, obj, runs, source=f"/proc/{os.getpid()}/fd/{extra.fd}"))
         try:
             if requests:
-                self._worker.copy(requests)
+                self._worker.copy(requests, heard)
         finally:
             for extra in files.extra_objects:
                 extra.close()

@@ -16,6 +16,9 @@ and before them any number of ("progress", (pages done, pages in all)).  ("stop"
 come while another is worked on: it has no answer of its own, the other one ends as soon as it can.
 
 The agent going away is end of file: an image not committed is aborted and the worker exits.
+
+While it writes an image the worker also guards the agent: one that somebody stopped (SIGSTOP, a debugger) may hold a
+frozen target, which nothing inside it can let go.  It is killed; the target then goes on by itself.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ import errno
 import itertools
 import mmap
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
@@ -72,6 +77,7 @@ _MAP_NORESERVE = 0x4000
 _BUFFER_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _PROGRESS_INTERVAL_S = 0.02
 _STOPPED_CHECK_S = 0.5
+_GUARD_INTERVAL_S = 0.5
 
 Heard = Callable[[int, int], None]
 """Gets (pages done, pages in all); what it raises stops the work."""
@@ -327,6 +333,7 @@ class _Server:
         self._store_path = ""
         self._parent: Image | None = None
         self._builder: ImageBuilder | None = None
+        self.writing = threading.Event()
         self._buffer: _Buffer | None = None
         self._copied: list[tuple[int, Runs, int]] = []  # (object, runs, offset in the buffer)
         self._used = 0
@@ -342,6 +349,7 @@ class _Server:
         self._builder = opened.begin(
             parent=self._parent, threads=_THREADS, compress=compress or DEFAULT_COMPRESSION
         )
+        self.writing.set()
         self._room().touch(expected_pages * PAGE_SIZE, self._pool)
 
     def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
@@ -409,6 +417,7 @@ class _Server:
         counts, nr_inherited = builder.counts, builder.nr_inherited
         info = builder.commit(meta=meta, state=state)
         self._builder = None
+        self.writing.clear()
         if self._store is not None:
             self._parent = self._store.load(info.id)  # most likely the next parent: its index is warm then
         return {
@@ -423,6 +432,7 @@ class _Server:
         if self._builder is not None:
             self._builder.abort()
             self._builder = None
+        self.writing.clear()
         self._empty()
 
     def _need(self) -> ImageBuilder:
@@ -583,10 +593,31 @@ def _read_file(path: str, runs: Runs, into: Bytes) -> None:
         os.close(fd)
 
 
+def _guard(agent_pidfd: int, agent_pid: int, writing: threading.Event) -> None:
+    """Kill the agent when it is found stopped twice in a row while an image is being written."""
+    suspect = False
+    while True:
+        if not writing.is_set():
+            suspect = False
+            writing.wait()
+        time.sleep(_GUARD_INTERVAL_S)
+        try:
+            stopped = read_stat(agent_pid).state in "tT"
+            if stopped and suspect and writing.is_set():
+                signal.pidfd_send_signal(agent_pidfd, signal.SIGKILL)
+        except (OSError, ValueError):
+            return  # it is gone
+        suspect = stopped
+
+
 def serve(fd: int, buffer_bytes: int) -> None:
     """Answer until the agent is gone."""
     connection = Connection(fd)
     server = _Server(connection, buffer_bytes)
+    agent_pid = os.getppid()
+    with contextlib.suppress(OSError):  # gone already: the first recv says so
+        args = (os.pidfd_open(agent_pid), agent_pid, server.writing)
+        threading.Thread(target=_guard, args=args, name="guard", daemon=True).start()
     while True:
         try:
             operation, args = connection.recv()

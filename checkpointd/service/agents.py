@@ -34,6 +34,16 @@ CANCEL_TIMEOUT_S = 3.0
 
 SHUTDOWN_TIMEOUT_S = 5.0
 
+FROZEN_PHASES = frozenset({"freezing", "copying"})
+"""Phases of a dump in which the target stands still."""
+
+SILENCE_LIMIT_S = 60.0
+"""How long an agent may say nothing while its target stands still.
+
+However large the target, none of the steps takes that long without a word: a scan or a fork takes milliseconds
+for each GiB, and copying tells its progress every tenth of a second.
+"""
+
 EventHandler = Callable[[dict[str, Any]], None]
 
 
@@ -44,6 +54,7 @@ class Request:
         self.number = number
         self.op = op
         self.on_event = on_event
+        self.phase = ""
         self._ended = threading.Event()
         self._value: dict[str, Any] = {}
         self._error: CheckpointError | None = None
@@ -93,6 +104,7 @@ class Agent:
         self._numbers = itertools.count(1)
         self._requests: dict[int, Request] = {}
         self._ended = threading.Event()
+        self._heard_at = time.monotonic()
         self._refusal: CheckpointError | None = None
         ours, theirs = socket.socketpair()
         try:
@@ -171,6 +183,12 @@ class Agent:
             self.kill()
             self._ended.wait()
 
+    def holds_target_silently(self, limit_s: float) -> bool:
+        """Has it said nothing for that long in a phase in which its target stands still?"""
+        with self._lock:
+            holds = any(request.phase in FROZEN_PHASES for request in self._requests.values())
+            return holds and time.monotonic() - self._heard_at > limit_s
+
     def is_stopped(self) -> bool:
         """SIGSTOP or a debugger holds it, and with it perhaps a frozen target."""
         try:
@@ -203,6 +221,9 @@ class Agent:
         except subprocess.TimeoutExpired:
             self.kill()
             self._process.wait()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # helpers of its session that somebody stopped could not see its end; restored processes lead others
+            os.killpg(self.pid, signal.SIGCONT)
         with self._lock:
             self._ended.set()
             requests, self._requests = list(self._requests.values()), {}
@@ -227,6 +248,7 @@ class Agent:
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         number, event = int(message["id"]), str(message["event"])
+        self._heard_at = time.monotonic()
         if number == 0:
             if event == "hello" and message.get("protocol") != PROTOCOL:
                 self._refuse(
@@ -250,8 +272,11 @@ class Agent:
             with self._lock:
                 self._requests.pop(number, None)
             request.end(value, error)
-        elif request.on_event is not None:
-            request.on_event(message)
+        else:
+            if event == "phase":
+                request.phase = str(message["phase"])
+            if request.on_event is not None:
+                request.on_event(message)
 
     def _refuse(self, error: CheckpointError) -> None:
         log.error("%s", error)
@@ -277,14 +302,21 @@ class Agent:
 
 
 class Watchdog:
-    """Kills agents that somebody stopped while they work, so that no target stays frozen behind them.
+    """Kills agents that can do no more, so that no target stays frozen behind them.
 
-    An agent found stopped twice in a row with a request under way is killed.
+    These are agents found stopped twice in a row with a request under way, and agents that hang: silent for
+    `silence_limit_s` while their target stands still.
     """
 
-    def __init__(self, agents: Callable[[], list[Agent]], interval_s: float = 0.5) -> None:
+    def __init__(
+        self,
+        agents: Callable[[], list[Agent]],
+        interval_s: float = 0.5,
+        silence_limit_s: float = SILENCE_LIMIT_S,
+    ) -> None:
         self._agents = agents
         self._interval_s = interval_s
+        self._silence_limit_s = silence_limit_s
         self._quit = threading.Event()
         self._suspects: set[int] = set()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -299,6 +331,15 @@ class Watchdog:
                 log.warning("agent %d of %s is stopped while working: killed", pid, stopped[pid].label)
                 stopped[pid].kill()
             self._suspects = set(stopped)
+            for agent in self._agents():
+                if agent.holds_target_silently(self._silence_limit_s):
+                    log.error(
+                        "agent %d of %s holds its target and has said nothing for %.0f s: killed",
+                        agent.pid,
+                        agent.label,
+                        self._silence_limit_s,
+                    )
+                    agent.kill()
 
 
 def own_pids(agents: list[Agent]) -> set[int]:

@@ -41,6 +41,11 @@ def size(nr_bytes: int) -> str:
     return f"{value:.1f} TiB"
 
 
+def counted(number: int, word: str) -> str:
+    """E.g. "1 image", "3 images"."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 def duration(microseconds: int) -> str:
     """E.g. "850 us", "3.1 ms", "2.4 s"."""
     if microseconds < 1000:

@@ -330,3 +330,24 @@ def test_serve_runs_in_the_foreground_and_can_be_stopped(tmp_path):
         done = house.checkpoint("serve", "--stop")
         assert f"(pid {serving.pid}) has ended" in done.stdout
         assert serving.wait(30) == 0
+    with house.begin("serve") as serving:
+        wait_until(
+            lambda: house.socket.exists() and house.checkpoint("status").returncode == 0, "the service"
+        )
+        assert house.checkpoint_json("serve", "--stop") == {"pid": serving.pid, "ended": True}
+        assert serving.wait(30) == 0
+
+
+def test_a_command_loads_what_it_needs_and_nothing_heavy(house, target):
+    """Counts modules, which a busy machine does not change, instead of seconds."""
+    assert house.checkpoint("dump", "-p", str(target)).returncode == 0
+    code = (
+        "import sys; from checkpoint_cli.main import run\n"
+        "assert run(['ls']) == 0\n"
+        "heavy = {'numpy', 'rich', 'zstandard', 'xxhash', 'multiprocessing', 'email'} & set(sys.modules)\n"
+        "ours = [name for name in sys.modules if name.startswith('checkpointd.') and name.split('.')[1] not in\n"
+        "        ('api', 'client', 'errors', 'location', 'version')]\n"
+        "sys.exit(f'{heavy} {ours}' if heavy or ours else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=house.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

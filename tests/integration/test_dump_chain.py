@@ -258,3 +258,21 @@ def test_a_page_worker_that_is_stopped_or_killed_costs_one_dump(target, store, t
         assert target.memory_differs_from(store.load(second.image_id)) == []
     finally:
         dumper.close()
+
+
+def test_an_agent_that_is_stopped_while_it_holds_its_target_is_killed_by_its_page_worker(
+    target, tmp_path, store
+):
+    """No service is needed for that."""
+    code = (
+        "import sys; from checkpointd.dump.dump import Dumper, DumpOptions\n"
+        "Dumper(int(sys.argv[1])).dump(DumpOptions(store=sys.argv[2]))"
+    )
+    agent = subprocess.Popen(
+        [sys.executable, "-c", code, str(target.pid), str(tmp_path / "store")],
+        env={**os.environ, "CHECKPOINTD_TRACEPOINT": "dump.collected=stop"},
+        cwd=Path(__file__).parents[2],
+    )
+    assert agent.wait(60) == -signal.SIGKILL
+    target.write(p1=1)
+    assert store.images() == []

@@ -85,6 +85,6 @@ def test_of_two_failures_the_cause_is_told():
         raise ValueError("the image cannot be finished: an earlier step failed")
 
     ours, theirs = socket.socketpair()
-    server = _Server(Connection(ours.detach()))
+    server = _Server(Connection(ours.detach()), 1 << 20)
     with theirs, pytest.raises(NoSpace):
         server._each(work, [("disk",), ("later",)], lambda job: 1)

@@ -9,6 +9,7 @@ import threading
 
 import grpc
 import pytest
+from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -345,7 +346,17 @@ def test_health_and_reflection_are_there(house):
             status = health.Check(health_pb2.HealthCheckRequest(service=name)).status
             assert status == health_pb2.HealthCheckResponse.SERVING
         names = ProtoReflectionDescriptorDatabase(channel).get_services()
+        database = ProtoReflectionDescriptorDatabase(channel)
+        pool = descriptor_pool.DescriptorPool(database)
+        method = pool.FindServiceByName("checkpointd.api.v1.CheckpointService").FindMethodByName("GetVersion")
+        # as grpcurl does: knowing nothing of the interface but what the service itself tells
+        answer = channel.unary_unary(
+            "/checkpointd.api.v1.CheckpointService/GetVersion",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=message_factory.GetMessageClass(method.output_type).FromString,
+        )(message_factory.GetMessageClass(method.input_type)())
     assert "checkpointd.api.v1.CheckpointService" in names
+    assert (answer.version, answer.pid) == (VERSION, house.service.pid)
 
 
 def test_many_clients_at_once(house):

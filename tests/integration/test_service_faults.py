@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from checkpointd import errors
-from checkpointd.service.agents import Agent
-from tests.service_harness import FAKE_AGENT, House, is_gone, sleeping_target, wait_until
+from checkpointd.agent.protocol import DumpArgs
+from checkpointd.service.agents import Agent, Watchdog
+from tests.service_harness import FAKE_AGENT, PATIENCE_S, House, is_gone, sleeping_target, wait_until
 
 
 @pytest.fixture
@@ -66,6 +67,50 @@ def test_a_stopped_agent_is_killed_by_the_watchdog(house, target):
         os.kill(house.agent_pid(), signal.SIGSTOP)
         with pytest.raises(errors.CheckpointError, match="SIGKILL"):
             list(events)
+
+
+@pytest.fixture
+def fake_agent():
+    made = Agent("pid 1", command=[sys.executable, str(FAKE_AGENT)])
+    yield made
+    made.kill()
+    wait_until(lambda: made.ended, "the agent's end")
+
+
+def dump_with(agent, tag):
+    phases = []
+    args = DumpArgs(pid=1, store="/nowhere", tag=tag).to_dict()
+    request = agent.start("dump", args, lambda message: phases.append(message["event"]))
+    wait_until(lambda: phases.count("phase") >= (3 if tag == "thawed" else 2), "its phases")
+    return request
+
+
+def test_an_agent_that_hangs_while_its_target_stands_still_is_killed(fake_agent):
+    request = dump_with(fake_agent, "wait")
+    watchdog = Watchdog(lambda: [fake_agent], interval_s=0.1, silence_limit_s=0.5)
+    try:
+        with pytest.raises(errors.CheckpointError, match="SIGKILL"):
+            request.result(60)
+    finally:
+        watchdog.stop()
+
+
+def test_an_agent_that_is_silent_after_the_thaw_is_left_alone(fake_agent):
+    request = dump_with(fake_agent, "thawed")
+    watchdog = Watchdog(lambda: [fake_agent], interval_s=0.05, silence_limit_s=0.1)
+    try:
+        assert not request.wait(2)
+        assert not fake_agent.ended
+    finally:
+        watchdog.stop()
+
+
+def test_progress_is_a_sign_of_life_however_long_a_copy_takes(fake_agent):
+    dump_with(fake_agent, "slow")
+    for _ in range(3):
+        before = fake_agent._heard_at
+        wait_until(lambda before=before: fake_agent._heard_at > before, "a word of progress")
+        assert not fake_agent.holds_target_silently(PATIENCE_S)
 
 
 def test_agents_end_when_the_service_is_killed(house, target):

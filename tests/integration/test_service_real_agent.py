@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -144,6 +145,39 @@ def test_the_program_runs_on_when_its_agent_and_its_service_are_killed(house, ta
     assert again["pid"] == target.pid
     assert again["backend_reason"]
     assert target.touch(3) == before + 3
+
+
+def test_a_page_worker_that_somebody_stopped_ends_with_its_agent(house, target):
+    assert house.checkpoint("dump", "-p", str(target.pid), "-q").returncode == 0
+    agent = agent_pid(house, target.pid)
+    workers = [
+        int(pid)
+        for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+        if b"checkpointd.dump.pages" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    os.kill(agent, signal.SIGKILL)
+    for worker in workers:
+        wait_until(lambda worker=worker: is_gone(worker), "the page worker's end")
+    assert len(workers) == 1
+    target.touch(1)
+
+
+def test_an_agent_that_hangs_when_its_service_dies_lets_its_target_go(target, tmp_path):
+    house = House(tmp_path / "own")
+    house.directory.mkdir()
+    code = "import checkpointd.agent.__main__ as agent; agent._LEAVE_TIMEOUT_S = 1; agent.main()"
+    command = shlex.join([sys.executable, "-c", code])
+    house.serve(CHECKPOINTD_AGENT=command, CHECKPOINTD_TRACEPOINT="dump.collected=sleep:3600000")
+    with house.begin("dump", "-p", str(target.pid)) as dumping:
+        wait_until(lambda: state_of(target.pid) == "t", "the freeze")
+        (agent,) = [t["agent_pid"] for t in house.checkpoint_json("status")["targets"]]
+        house.service.kill()
+        house.service.wait()
+        wait_until(lambda: is_gone(agent), "the agent's end")
+        dumping.communicate()
+    target.touch(1)
 
 
 @pytest.mark.parametrize(

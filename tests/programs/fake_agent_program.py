@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An agent that touches no process: it speaks the protocol and does as the dump's tag says.
 
-Tags: "" makes an image at once; "wait" says phase "copying" and waits to be cancelled; "deaf" does so and does not
-listen to a cancel; "die" kills itself; "garbage" sends no JSON; "exec" and "blocked" report errors; "malformed"
-sends a message without the fields it needs.  A measurement of the backend "wait" waits to be cancelled.
+Tags: "" makes an image at once; "wait" says phase "copying" and waits to be cancelled, "thawed" says "encoding" too
+and waits, "slow" goes on telling progress; "deaf" waits and does not listen to a cancel; "die" kills itself;
+"garbage" sends no JSON; "exec" and "blocked" report errors; "malformed" sends a message without the fields it needs.
 
 What happens to it goes as lines to the file $FAKE_AGENT_LOG: "start PID", "cancel", "untrack",
 "track precise", "shutdown", "eof".
@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from typing import Any
 
 from checkpointd.agent import protocol
@@ -86,7 +87,12 @@ class FakeAgent:
         dump = protocol.DumpArgs.from_dict(args)
         for phase in ("freezing", "copying"):
             self.channel.send({"id": number, "event": "phase", "phase": phase})
-        if dump.tag in ("wait", "deaf"):
+        if dump.tag == "thawed":
+            self.channel.send({"id": number, "event": "phase", "phase": "encoding"})
+        while dump.tag == "slow":
+            self.channel.send({"id": number, "event": "progress", "done": 1, "total": 9, "unit": "bytes"})
+            time.sleep(0.05)
+        if dump.tag in ("wait", "thawed", "deaf"):
             while dump.tag == "deaf" or self.cancelled.get() != number:
                 if dump.tag == "deaf":
                     threading.Event().wait()

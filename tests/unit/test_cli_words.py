@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -35,7 +36,7 @@ def test_every_command_has_help_with_an_example_and_takes_json(name, capsys):
     text = capsys.readouterr().out
     assert "example:" in text
     assert f"checkpoint {name}" in text
-    assert name == "completion" or "--json" in text
+    assert "--json" in text
 
 
 def test_every_exit_code_is_in_the_help(capsys):
@@ -75,7 +76,10 @@ def test_wrong_words_are_json_when_json_was_asked_for(capsys):
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(shell, capsys):
     assert run(["completion", shell]) == 0
-    assert "_CHECKPOINT_COMPLETE" in capsys.readouterr().out
+    script = capsys.readouterr().out
+    assert "_CHECKPOINT_COMPLETE" in script
+    assert run(["completion", shell, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"shell": shell, "script": script.removesuffix("\n")}
 
 
 def test_sizes_and_times_read_well():

@@ -17,7 +17,7 @@ from checkpoint_cli.options import (
     session_options,
     store_option,
 )
-from checkpoint_cli.output import duration, short_id
+from checkpoint_cli.output import counted, duration, short_id
 
 EPILOG = """\b
 example:
@@ -66,6 +66,6 @@ def command(session: Session, image: str, **options: Any) -> None:
     session.say(f"image {short_id(summary['image_id'])} runs as pid {summary['pid']}")
     tracked = f", tracked by {summary['tracking']}" if summary["tracking"] else ""
     session.say(
-        f"  {summary['nr_threads']} threads, {summary['pages_restored']} pages "
+        f"  {counted(summary['nr_threads'], 'thread')}, {summary['pages_restored']} pages "
         f"in {duration(summary['total_time'])}{tracked}"
     )

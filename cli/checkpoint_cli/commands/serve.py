@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -11,6 +10,10 @@ import sys
 import click
 
 from checkpoint_cli.options import Session, session_options
+from checkpoint_cli.output import print_document
+from checkpointd.errors import CheckpointError
+
+STOP_TIMEOUT_S = 30
 
 
 @click.command(
@@ -43,8 +46,15 @@ def _stop(session: Session) -> None:
         signal.pidfd_send_signal(fd, signal.SIGTERM)
         import select  # noqa: PLC0415
 
-        with contextlib.suppress(KeyboardInterrupt):
-            select.select([fd], [], [], 30)
+        ended = bool(select.select([fd], [], [], STOP_TIMEOUT_S)[0])
     finally:
         os.close(fd)
-    session.say(f"the service (pid {pid}) has ended")
+    if session.json:
+        print_document({"pid": pid, "ended": ended})
+    elif ended:
+        session.say(f"the service (pid {pid}) has ended")
+    if not ended:
+        raise CheckpointError(
+            f"the service (pid {pid}) was told to end and has not done so within {STOP_TIMEOUT_S} s",
+            hint="it ends once its operations are cancelled; its log says what it waits for",
+        )

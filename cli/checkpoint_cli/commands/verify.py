@@ -7,7 +7,7 @@ import click
 
 from checkpoint_cli.follow import follow
 from checkpoint_cli.options import IMAGE_HELP, Session, complete_image, session_options, store_option
-from checkpoint_cli.output import size
+from checkpoint_cli.output import counted, size
 
 
 @click.command(
@@ -26,6 +26,6 @@ def command(session: Session, images: tuple[str, ...], store: str) -> None:
             what = f"verify of {image or 'all images'}"
             summary = follow(session, client, client.verify(image, store=store), what)
             session.say(
-                f"{len(summary['image_ids'])} image{'' if len(summary['image_ids']) == 1 else 's'} whole, "
+                f"{counted(len(summary['image_ids']), 'image')} whole, "
                 f"{size(summary['bytes_checked'])} checked"
             )
