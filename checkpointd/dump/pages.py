@@ -135,11 +135,23 @@ class PageWorker:
             )
         self._connection = Connection(ours.detach())
         self._copying = False
+        self._broken = False
 
     def _revive(self) -> None:
+        if self._broken:  # its socket closes before its end can be waited for
+            self._process.wait()
         if self._process.poll() is not None:
             self._connection.close()
             self._start()
+
+    def _gone(self) -> CheckpointError:
+        """Nothing is waited for here: the target may still stand still."""
+        self._broken = True
+        self._process.kill()
+        return CheckpointError(
+            "the page worker ended unexpectedly; nothing was committed",
+            hint="look for an out-of-memory kill in the kernel log, then dump again",
+        )
 
     def begin(self, *, store: str, parent: str, compress: str, expected_pages: int) -> None:
         """Open the store, load the parent's index and touch the buffer.  Before the freeze."""
@@ -217,7 +229,7 @@ class PageWorker:
         try:
             self._connection.send((operation, args))
         except OSError as error:
-            raise _gone() from error
+            raise self._gone() from error
 
     def _receive(self, heard: Heard | None) -> Any:
         stopped_by: BaseException | None = None
@@ -231,7 +243,7 @@ class PageWorker:
                     stopped_by = error
                     self._connection.send(("stop", ()))
         except (EOFError, OSError) as error:
-            raise _gone() from error
+            raise self._gone() from error
         if stopped_by is not None:
             raise stopped_by
         kind, value = answer
@@ -254,13 +266,6 @@ class PageWorker:
             return read_stat(self._process.pid).state in "tT"
         except (OSError, ValueError):
             return False
-
-
-def _gone() -> CheckpointError:
-    return CheckpointError(
-        "the page worker ended unexpectedly; nothing was committed",
-        hint="look for an out-of-memory kill in the kernel log, then dump again",
-    )
 
 
 class _Buffer:
