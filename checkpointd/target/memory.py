@@ -289,15 +289,36 @@ class _Objects:
 
 
 def data_extents(fd: int, size_bytes: int) -> Runs:
-    """Page runs of a shared object that hold data (SEEK_DATA/SEEK_HOLE; lseek(2))."""
+    """Page runs of a shared object that hold data (SEEK_DATA/SEEK_HOLE; lseek(2)).
+
+    Holes are looked at twice.  A page that the kernel moves in memory at that very moment (compaction) may look like a
+    hole: its successor takes its place first and is marked up to date after that, which is what lseek asks for.
+
+    Source: Linux mm/filemap.c (folio_seek_hole_data), mm/migrate.c (folio_migrate_flags).
+    """
+    found = _look(fd, size_bytes)
+    hole = 0
+    for first, nr in [*found.tolist(), (-(-size_bytes >> PAGE_SHIFT), 0)]:
+        if hole < first and _next_data(fd, hole << PAGE_SHIFT, size_bytes) < first << PAGE_SHIFT:
+            again = _look(fd, size_bytes)
+            return merge_runs(np.concatenate((found, again)))
+        hole = first + nr
+    return found
+
+
+def _look(fd: int, size_bytes: int) -> Runs:
     found, at = [], 0
-    while at < size_bytes:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: no data behind `at`
-            break
+    while (start := _next_data(fd, at, size_bytes)) < size_bytes:
         end = os.lseek(fd, start, os.SEEK_HOLE)
         first, last = start >> PAGE_SHIFT, (end + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT
         found.append((first, last - first))
         at = end
     return np.array(found, dtype=np.uint64).reshape(-1, 2)
+
+
+def _next_data(fd: int, at: int, size_bytes: int) -> int:
+    """Where data begins at or behind `at`; `size_bytes` when there is none."""
+    try:
+        return min(os.lseek(fd, at, os.SEEK_DATA), size_bytes)
+    except OSError:  # ENXIO
+        return size_bytes

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ import pytest
 
 from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.image.store import Store
-from checkpointd.memory import PAGE_SIZE
+from checkpointd.memory import PAGE_SIZE, pages_of
 from checkpointd.state import codec
 from checkpointd.state.memory import AddressSpace
+from checkpointd.target.memory import data_extents
 from tests import abilities
 
 pytestmark = pytest.mark.needs("root", "ptrace", "pagemap_scan")
@@ -71,3 +73,28 @@ def test_a_segment_whose_number_is_a_memfds_inode_is_another_object(twins, tmp_p
     assert len({one.inode for one in space.objects}) == 1  # or this shows nothing
     users = {vma.path.split(":")[0]: vma.object for vma in space.vmas if vma.object}
     assert len(set(users.values())) == 2
+
+
+@pytest.mark.parametrize("moved", [0, 3, 6, 9])
+def test_a_page_that_looked_like_a_hole_while_it_was_moved_is_found(monkeypatch, moved):
+    """Staged: the first time lseek passes over that page it does not see it."""
+    fd = os.memfd_create("moving")
+    os.ftruncate(fd, 12 * PAGE_SIZE)
+    for page in (0, 3, 6, 9):
+        os.pwrite(fd, b"x", page * PAGE_SIZE)
+    real, unseen = os.lseek, [moved]
+
+    def lseek(fd, at, whence):
+        found = real(fd, at, whence)
+        if whence == os.SEEK_DATA and unseen and found == moved * PAGE_SIZE:
+            unseen.clear()
+            return real(fd, found + PAGE_SIZE, os.SEEK_DATA)
+        return found
+
+    monkeypatch.setattr(os, "lseek", lseek)
+    assert pages_of(data_extents(fd, 12 * PAGE_SIZE)).tolist() == [0, 3, 6, 9]
+    assert not unseen
+    assert data_extents(fd, 2 * PAGE_SIZE).tolist() == [[0, 1]]
+    os.ftruncate(fd, 0)
+    assert data_extents(fd, 0).tolist() == []
+    os.close(fd)

@@ -216,16 +216,8 @@ def _add_object(path: str, shared: dict[Key, tuple[int, Contents]]) -> None:
         if key in shared or not _is_memory(facts.st_dev):
             return
         nr_pages = (facts.st_size + PAGE - 1) // PAGE
-        pages: list[int] = []
-        at = 0
-        while at < facts.st_size:
-            try:
-                start = os.lseek(fd, at, os.SEEK_DATA)
-                end = os.lseek(fd, start, os.SEEK_HOLE)
-            except OSError:
-                break
-            pages.extend(range(start // PAGE, (end + PAGE - 1) // PAGE))
-            at = end
+        # twice: a page that the kernel moves just now may look like a hole
+        pages = sorted(_data_pages(fd, facts.st_size) | _data_pages(fd, facts.st_size))
         numbers = np.array(pages, dtype=np.uint64)
         data = np.zeros((len(pages), PAGE), dtype=np.uint8)
         for n, page in enumerate(pages):
@@ -234,6 +226,20 @@ def _add_object(path: str, shared: dict[Key, tuple[int, Contents]]) -> None:
         shared[key] = (nr_pages, Contents(numbers, data))
     finally:
         os.close(fd)
+
+
+def _data_pages(fd: int, size: int) -> set[int]:
+    pages: set[int] = set()
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError:
+            break
+        pages.update(range(start // PAGE, (end + PAGE - 1) // PAGE))
+        at = end
+    return pages
 
 
 _memory_devices: dict[int, bool] = {}
