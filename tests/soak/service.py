@@ -169,9 +169,10 @@ def kill_in_service(target: Target, where: Path, dice: random.Random, tally: Tal
 
 
 def _kill(service: _Service, victim: str, delay_s: float, client: threading.Thread) -> int:
-    """Kill after the first agent has appeared and the delay is over."""
+    """Kill after the first agent (or page worker, if that is to die) has appeared and the delay is over."""
     until = time.monotonic() + PATIENCE_S
-    while not service.agents() and client.is_alive() and time.monotonic() < until:
+    awaited = service.workers if victim == "page worker" else service.agents
+    while not awaited() and client.is_alive() and time.monotonic() < until:
         time.sleep(0.001)
     client.join(delay_s)
     service.workers()
