@@ -77,7 +77,6 @@ _MAP_NORESERVE = 0x4000
 _BUFFER_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _PROGRESS_INTERVAL_S = 0.02
 _STOPPED_CHECK_S = 0.5
-_GUARD_INTERVAL_S = 0.5
 
 Heard = Callable[[int, int], None]
 """Gets (pages done, pages in all); what it raises stops the work."""
@@ -605,7 +604,7 @@ def _guard(agent_pidfd: int, agent_pid: int, writing: threading.Event) -> None:
         if not writing.is_set():
             suspect = False
             writing.wait()
-        time.sleep(_GUARD_INTERVAL_S)
+        time.sleep(_STOPPED_CHECK_S)
         try:
             stopped = read_stat(agent_pid).state in "tT"
             if stopped and suspect and writing.is_set():
