@@ -3,6 +3,8 @@
 
     python -m benchmarks [CASE ...] [--megabytes 1024] [--rounds 7] [--directory /dev/shm] [--output DIR]
 
+On a machine that does other work `chrt -r 1 python -m benchmarks ...` (root) keeps that work from being measured.
+
 Exit status 1 with --strict when a goal was missed.
 """
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import tempfile
 import time
@@ -71,6 +72,33 @@ class Target:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+class Limit:
+    """A running limits.c that measures one round when asked: limits and ours take turns."""
+
+    def __init__(self, program: Path, *words: object) -> None:
+        self._process = subprocess.Popen(
+            [program, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def round(self) -> list[float]:
+        """The columns of one round, in ms."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("limits ended before its rounds were over")
+        return [float(word) / 1000 for word in line.split()]
+
+    def __enter__(self) -> Limit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()  # what rounds are left run at once
+        self._process.wait()
+
+
 class Bench:
     """All cases of one run.
 
@@ -93,53 +121,52 @@ class Bench:
         with self._target(self.megabytes) as target:
             self._dump(target)
             for permille, name in ((10, "1 %"), (100, "10 %"), (500, "50 %")):
-                floor = Series([row[2] for row in self._limit("stop", self.megabytes, permille, self.rounds)])
+                floors: list[float] = []
                 modes: dict[str, list[dict[str, Any]]] = {"stopped": [], "auto": []}
-                for n in range(self.rounds + 1):
-                    for mode, found in modes.items():
-                        target.tell(f"dirty {permille} {n}")
-                        stats = self._dump(target, "--incremental", "--read-mode", mode)
-                        if n:
-                            found.append(stats)
-                goal = 1.3 * floor.median + 2
+                with self._limit("stop", self.megabytes, permille, self.rounds + 1) as limit:
+                    for n in range(self.rounds + 1):
+                        floors.append(limit.round()[2])
+                        for mode, found in modes.items():
+                            target.tell(f"dirty {permille} {n}")
+                            found.append(self._dump(target, "--incremental", "--read-mode", mode))
+                floor = Series(floors[1:])
                 for mode, found in modes.items():
-                    used = sorted({stats["read_mode"] for stats in found})
+                    used = sorted({stats["read_mode"] for stats in found[1:]})
                     self._add(
                         Row(
                             f"incremental, {name} dirty, --read-mode {mode}: stop",
-                            Series([(s["freezing_time"] + s["frozen_time"]) / 1000 for s in found]),
+                            Series([(s["freezing_time"] + s["frozen_time"]) / 1000 for s in found[1:]]),
                             floor,
-                            goal,
-                            note=f"read {'/'.join(used)}; {found[0]['pages_dirty']} pages dirty, "
-                            f"total {Series([s['total_time'] / 1000 for s in found])}",
+                            1.3 * floor.median + 2,
+                            note=f"read {'/'.join(used)}; {found[1]['pages_dirty']} pages dirty, "
+                            f"total {Series([s['total_time'] / 1000 for s in found[1:]])}; {_phases(found[1:])}",
                         )
                     )
 
     def full(self) -> None:
         """A full dump to a tmpfs, against two threads that read and write."""
-        limit = Series([row[0] for row in self._limit("copy", self.megabytes, self.rounds, self.directory)])
-        with self._target(self.megabytes) as target:
-            found = [self._dump_and_forget(target, "--read-mode", "stopped") for _ in range(self.rounds + 1)][
-                1:
-            ]
-            forked = [self._dump_and_forget(target) for _ in range(self.rounds + 1)][1:]
-        self._add(
-            Row(
-                "full dump to tmpfs, read stopped: total",
-                Series([s["total_time"] / 1000 for s in found]),
-                limit,
-                limit.median / 0.8,
-                note=f"frozen {Series([s['frozen_time'] / 1000 for s in found])}",
+        limits: list[float] = []
+        modes: dict[str, list[dict[str, Any]]] = {"stopped": [], "auto": []}
+        with (
+            self._target(self.megabytes) as target,
+            self._limit("copy", self.megabytes, self.rounds + 1, self.directory) as limit,
+        ):
+            for _ in range(self.rounds + 1):
+                limits.append(limit.round()[0])
+                for mode, found in modes.items():
+                    found.append(self._dump_and_forget(target, "--read-mode", mode))
+        bound = Series(limits[1:])
+        for mode, found in modes.items():
+            self._add(
+                Row(
+                    f"full dump to tmpfs, --read-mode {mode}: total",
+                    Series([s["total_time"] / 1000 for s in found[1:]]),
+                    bound,
+                    bound.median / 0.8,
+                    note=f"read {found[1]['read_mode']}, "
+                    f"frozen {Series([s['frozen_time'] / 1000 for s in found[1:]])}; {_phases(found[1:])}",
+                )
             )
-        )
-        self._add(
-            Row(
-                "full dump to tmpfs, as chosen by itself: total",
-                Series([s["total_time"] / 1000 for s in forked]),
-                limit,
-                note=f"read {forked[0]['read_mode']}, frozen {Series([s['frozen_time'] / 1000 for s in forked])}",
-            )
-        )
         self._criu()
 
     def small(self) -> None:
@@ -147,27 +174,34 @@ class Bench:
         with self._target(1) as target:
             found = [self._dump_and_forget(target) for _ in range(self.rounds + 2)][2:]
         frozen = Series([(s["freezing_time"] + s["frozen_time"]) / 1000 for s in found])
-        phases = {name: round(value / 1000, 2) for name, value in found[-1]["phases"].items()}
-        self._add(Row("1 MiB program: frozen", frozen, goal=5, note=f"last round by phase, ms: {phases}"))
+        self._add(Row("1 MiB program: frozen", frozen, goal=5, note=_phases(found)))
 
     def restore(self) -> None:
         """Restore, against the kernel filling fresh memory from a warm file."""
         for pages in ("4k", "thp"):
-            rows = self._limit("fill", self.megabytes, self.rounds, self.directory, pages)
-            one, two = Series([row[0] for row in rows]), Series([row[1] for row in rows])
-            with self._target(self.megabytes, pages) as target:
+            one, two, found = [], [], []
+            with (
+                self._target(self.megabytes, pages) as target,
+                self._limit("fill", self.megabytes, self.rounds + 1, self.directory, pages) as limit,
+            ):
                 want = target.tell("sum")
                 image = self._dump(target)["image_id"]
-                found = self._restores(target, image)
+                for _ in range(self.rounds + 1):
+                    took = limit.round()
+                    one.append(took[0])
+                    two.append(took[1])
+                    found.append(self._restore(target, image))
                 if target.tell("sum") != want:
                     raise RuntimeError("the restored target has other memory")
+            bound = Series(two[1:])
             self._add(
                 Row(
                     f"restore, {pages} pages: in the new process",
-                    Series([s["restore_time"] / 1000 for s in found]),
-                    two,
-                    two.median * 1.1,
-                    note=f"limit with one thread {one}; total {Series([s['total_time'] / 1000 for s in found])}",
+                    Series([s["restore_time"] / 1000 for s in found[1:]]),
+                    bound,
+                    bound.median * 1.1,
+                    note=f"limit with one thread {Series(one[1:])}; "
+                    f"total {Series([s['total_time'] / 1000 for s in found[1:]])}; {_phases(found[1:])}",
                 )
             )
 
@@ -270,30 +304,27 @@ class Bench:
         return self.checkpoint.dump(target.pid, "--compress", "none", *words)
 
     def _dump_and_forget(self, target: Target, *words: str) -> dict[str, Any]:
+        """All images but the new one are removed: a page worker still holds its last one's files."""
         stats = self._dump(target, *words)
-        self._forget()
+        self._forget(but=stats["image_id"])
         return stats
 
-    def _forget(self) -> None:
-        """Remove all images: a tmpfs is memory."""
+    def _forget(self, but: str = "") -> None:
+        """Remove images: a tmpfs is memory."""
         found = self.checkpoint("ls")
         images = found.get("images", []) if isinstance(found, dict) else found
-        if images:
-            self.checkpoint("rm", *[image["id"] for image in images])
+        if ids := [image["id"] for image in images if image["id"] != but]:
+            self.checkpoint("rm", *ids)
+
+    def _restore(self, target: Target, image: str) -> dict[str, Any]:
+        target.kill()
+        return self.checkpoint.restore(image)
 
     def _restores(self, target: Target, image: str) -> list[dict[str, Any]]:
-        found = []
-        for _ in range(self.rounds + 1):
-            target.kill()
-            found.append(self.checkpoint.restore(image))
-        return found[1:]
+        return [self._restore(target, image) for _ in range(self.rounds + 1)][1:]
 
-    def _limit(self, *words: object) -> list[list[float]]:
-        """Rounds of a limit, ms."""
-        done = subprocess.run(
-            [str(self._limits), *map(str, words)], check=True, capture_output=True, text=True
-        ).stdout
-        return [[float(word) / 1000 for word in line.split()] for line in done.splitlines()]
+    def _limit(self, *words: object) -> Limit:
+        return Limit(self._limits, *words)
 
     def _add(self, row: Row) -> None:
         self.report.rows.append(row)
@@ -302,6 +333,16 @@ class Bench:
 
     def close(self) -> None:
         self.checkpoint.close()
+
+
+def _phases(found: list[dict[str, Any]]) -> str:
+    """Medians of the phases, ms."""
+    names = sorted({name for stats in found for name in stats["phases"]})
+    medians = [
+        f"{name} {statistics.median(stats['phases'].get(name, 0) for stats in found) / 1000:.1f}"
+        for name in names
+    ]
+    return "phases: " + ", ".join(medians)
 
 
 def service_processes(socket: str) -> dict[int, tuple[str, int]]:

@@ -6,7 +6,8 @@
 //   limits copy MEGABYTES ROUNDS DIRECTORY  read a child's memory and write it to a new file: two threads
 //   limits fill MEGABYTES ROUNDS DIRECTORY thp|4k   read a warm file into fresh memory: one thread, and then two
 //
-// Prints one line of microseconds per round ("stop": scan, copy, total).
+// Prints one line of microseconds per round ("stop": scan, copy, total), and before each waits for a line on its
+// standard input, so that limits and ours can take turns (end of file: as fast as it goes).
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -43,6 +44,14 @@ static double now(void)
 	struct timespec t;
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	return t.tv_sec * 1e6 + t.tv_nsec / 1e3;
+}
+
+static void wait_for_turn(int round)
+{
+	int c = 0;
+	fflush(stdout);
+	while (round >= 0 && c != '\n' && c != EOF)
+		c = getchar();
 }
 
 static void die(const char *what)
@@ -121,6 +130,7 @@ static void stop_floor(size_t size, unsigned long permille, int rounds)
 	if (ptrace(PTRACE_SEIZE, pid, 0, 0))
 		die("seize");
 	for (int r = -2; r < rounds; r++) {
+		wait_for_turn(r);
 		if (write(go[1], "g", 1) != 1)
 			die("go");
 		wait_done(done);
@@ -212,6 +222,7 @@ int main(int argc, char **argv)
 		pid_t pid = child(memory, size, 0, go, done, 0);
 		wait_done(done);
 		for (int r = -1; r < rounds; r++) {
+			wait_for_turn(r);
 			int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
 			double took = both(copy_part, (struct part){.pid = pid, .fd = fd, .memory = memory}, size, 2);
 			close(fd);
@@ -232,6 +243,7 @@ int main(int argc, char **argv)
 	munmap(content, size);
 	for (int r = -1; r < rounds; r++) {
 		double took[2];
+		wait_for_turn(r);
 		for (int n = 1; n <= 2; n++) {
 			char *into = fresh(size, huge);
 			took[n - 1] = both(fill_part, (struct part){.fd = fd, .into = into}, size, n);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import statistics
 from dataclasses import dataclass, field
@@ -98,5 +99,17 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "cpu": f"{len(cpus)} x {cpus[0] if cpus else platform.machine()}",
         "load at the start": load,
+        "CPU pressure at the start": _pressure(),
+        "scheduling": {os.SCHED_OTHER: "normal", os.SCHED_RR: "real time (round robin)"}.get(
+            os.sched_getscheduler(0), "other"
+        ),
         "python": platform.python_version(),
     }
+
+
+def _pressure() -> str:
+    """How much of the last ten seconds something waited for a CPU: above a few percent times are worth little."""
+    try:
+        return Path("/proc/pressure/cpu").read_text().split()[1].removeprefix("avg10=") + " %"
+    except (OSError, IndexError):
+        return "not known"

@@ -57,10 +57,8 @@ def split_by_code(
     copies: list[CopyRequest], vmas: Sequence[Vma]
 ) -> tuple[list[CopyRequest], list[CopyRequest]]:
     """(what can be read while something is injected, what only afterwards: the injection's way lies in code)."""
-    code = NO_RUNS
-    for vma in vmas:
-        if vma.prot & mmap.PROT_EXEC:
-            code = merge_runs(joined(code, runs_of_range(vma.start, vma.end)))
+    rows = [(vma.first_page, vma.nr_pages) for vma in vmas if vma.prot & mmap.PROT_EXEC]
+    code = merge_runs(np.array(rows, dtype=np.uint64).reshape(-1, 2))
     early, later = [], []
     for request in copies:
         if request.obj != PRIVATE_OBJECT or request.source:

@@ -65,6 +65,7 @@ from checkpointd.procfs import maps, process
 from checkpointd.state import codec
 from checkpointd.state.process import ImageState
 from checkpointd.stats import DumpStats
+from checkpointd.target.attachable import check_attachable
 from checkpointd.target.files import CapturedFiles, FilesDraft, capture_files, prepare_files
 from checkpointd.target.fork import ForkedCopy
 from checkpointd.target.freeze import Frozen, freeze
@@ -193,9 +194,10 @@ class Dumper:
         self._begin(options, work)
         copy = None
         try:
-            work.process_draft = prepare_process(self.pid)
-            work.files_draft = prepare_files(self.pid, options.files)
+            check_attachable(self.pid)
             work.maps_draft = maps.prepare_vmas(self.pid)
+            work.process_draft = prepare_process(self.pid, work.maps_draft.vmas)
+            work.files_draft = prepare_files(self.pid, options.files)
             work.huge = huge_runs(self.pid, work.maps_draft.vmas)
             report("freezing", 0, 0)
             tracepoint.hit("dump.freeze")
@@ -479,7 +481,9 @@ class Dumper:
             check_complete(request)
         self._worker.read_and_encode(work.copies, self._after_thaw("reading the copy", report))
         work.mark("reading the copy", at)
-        copy.close()
+        os.kill(
+            copy.pid, signal.SIGKILL
+        )  # its memory goes while the image is committed; `close` waits for it
 
     def _finish(self, options: DumpOptions, parent: str, work: _Work, report: Report) -> None:
         report("encoding", 0, 0)
@@ -552,8 +556,7 @@ class Dumper:
             return 0
         written = None
         try:
-            with open(f"/proc/{self.pid}/statm", "rb") as file:
-                nr_dirty = nr_present = int(file.read().split()[1])
+            nr_dirty = nr_present = process.nr_resident_pages(self.pid)
             if options.incremental and self.last_image_id and isinstance(self._tracker, UffdWpTracker):
                 written = self._tracker.written_now(self.pid)
                 nr_dirty = min(nr_present, _SPARE_PAGES + nr_pages_in(written))

@@ -69,7 +69,7 @@ KEPT_BYTES = 128 << 20
 
 _THREADS = 2
 _PIECE_PAGES = 2048  # 8 MiB: what one thread reads at a time
-_LEAST_PIECE_PAGES = 64
+_ONE_THREAD_PAGES = 1536  # 6 MiB: some 2 ms
 _ENCODE_PAGES = 1024
 _HUGE_BYTES = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
@@ -377,7 +377,10 @@ class _Server:
             self.read_and_encode(beyond)
         buffer.touch(self._used + min(wanted, free) * PAGE_SIZE, self._pool)
         jobs: list[tuple[CopyRequest, Runs, int]] = []
-        piece_pages = min(_PIECE_PAGES, max(_LEAST_PIECE_PAGES, -(-wanted // (2 * _THREADS))))
+        piece_pages = min(_PIECE_PAGES, -(-wanted // (2 * _THREADS)))
+        if wanted <= _ONE_THREAD_PAGES:
+            # the agent is busy with the target meanwhile: leave them a CPU
+            piece_pages = _ONE_THREAD_PAGES
         for request in requests:
             self._copied.append((request.obj, request.runs, self._used))
             for piece in _pieces(request.runs, piece_pages):
@@ -410,10 +413,14 @@ class _Server:
 
         def work(job: tuple[CopyRequest, Runs]) -> None:
             request, piece = job
-            buffer = np.empty(nr_pages_in(piece) * PAGE_SIZE, dtype=np.uint8)
-            _read(request, piece, buffer, 0)
-            builder.add_pages(request.obj, pages_of(piece), buffer)
+            # one buffer a thread: a new one each time would be touched anew page by page
+            if not hasattr(local, "buffer"):
+                local.buffer = np.empty(_ENCODE_PAGES * PAGE_SIZE, dtype=np.uint8)
+            size = nr_pages_in(piece) * PAGE_SIZE
+            _read(request, piece, local.buffer, 0)
+            builder.add_pages(request.obj, pages_of(piece), local.buffer[:size])
 
+        local = threading.local()
         self._each(work, jobs, _pages_of_job)
 
     def commit(self, meta: dict[str, Any], state: bytes) -> dict[str, Any]:

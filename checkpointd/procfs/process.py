@@ -125,6 +125,11 @@ def thread_ids(pid: int) -> list[int]:
     return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
 
 
+def nr_resident_pages(pid: int) -> int:
+    """By /proc/PID/statm, which counts in batches: some 64 pages a thread may be missing."""
+    return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1])
+
+
 def comm(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n").decode("utf-8", "surrogateescape")
 

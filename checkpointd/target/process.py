@@ -16,7 +16,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,8 +71,11 @@ class ProcessDraft:
     sleep_calls: dict[int, int] = field(default_factory=dict)
 
 
-def prepare_process(pid: int) -> ProcessDraft:
+def prepare_process(pid: int, vmas: Sequence[Vma] | None = None) -> ProcessDraft:
     """Look at a running process.
+
+    Args:
+        vmas: its mappings with their flags, when they were just read (smaps takes long).
 
     Raises:
         TargetGone, NotPermitted, Busy, UsageError, Unsupported: it cannot be attached to at all.
@@ -80,7 +83,7 @@ def prepare_process(pid: int) -> ProcessDraft:
     check_attachable(pid)
     draft = ProcessDraft(pid)
     try:
-        _fill(draft, maps.read_smaps(pid))
+        _fill(draft, vmas or maps.read_smaps(pid))
     except OSError as error:
         raise _meaning(pid, error) from error
     return draft
