@@ -31,7 +31,7 @@ from checkpointd.state.memory import AddressSpace
 
 _LEAST_PAGES = 16_384  # 64 MiB: less is never worth a second process
 _COPY_PAGE_NS = 400  # of a stopped target, read by two threads
-_FORK_NS, _FORK_PAGE_NS = 2_000_000, 46  # 9 to 14 ms a GiB present: docs/performance.md
+_FORK_NS, _FORK_PAGE_NS = 2_000_000, 46  # 12 ms a GiB present (docs/performance.md)
 
 
 def fork_pays(nr_dirty: int, nr_present: int) -> bool:
