@@ -196,7 +196,10 @@ def play(name: str, lines: Sequence[str], backend: str) -> Row:
 
 @contextlib.contextmanager
 def running(argv: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(argv, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    # standard error of a guest is a device, which no dump takes
+    with subprocess.Popen(
+        argv, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
         try:
             yield child
         finally:
