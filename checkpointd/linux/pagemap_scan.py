@@ -91,10 +91,11 @@ def scan(
         )
         nr = fcntl.ioctl(fd, _PAGEMAP_SCAN, arg)
         found.append(vec[:nr])
-        # walk_end is stale unless the vector filled up (it then tells where to go on)
+        # walk_end is stale unless the vector filled up (it then tells where to go on), and even then when the very
+        # last region filled it
         if nr < _VEC_LEN:
             break
-        start = _ARG.unpack(arg)[4]
+        start = max(_ARG.unpack(arg)[4], int(vec[-1, 1]))
     return np.concatenate(found) if found else NO_REGIONS
 
 
@@ -121,14 +122,23 @@ def read_words(fd: int, first_page: int, nr_pages: int) -> npt.NDArray[np.uint64
     return words[: done >> 3]
 
 
-def swapped_data(fd: int, first_page: int, nr_pages: int) -> npt.NDArray[np.bool_]:
-    """For pages reported SWAPPED: is it real swap (True) or a pte marker (False)?
+def swapped_data(fd: int, first_page: int, nr_pages: int, *, file_backed: bool) -> npt.NDArray[np.bool_]:
+    """For pages that a scan just reported SWAPPED: do they hold data (True), or is it a pte marker (False)?
 
+    Only a word that shows a marker makes one.  A page that the kernel was moving when it was scanned (compaction,
+    splitting of a huge page: a migration entry reads SWAPPED too) may be present again: it holds data.
     Without CAP_SYS_ADMIN the type is hidden and every one is called data: reading it is safe, only larger.
+
+    Args:
+        file_backed: the VMA is a private mapping of a file, whose own pages are no data.
     """
     words = read_words(fd, first_page, nr_pages)
-    entry_type = words & np.uint64(31)
-    hidden = (words & np.uint64(PM_FRAME)) == 0
-    is_swap = (words & np.uint64(PM_SWAP)) != 0
-    real: npt.NDArray[np.bool_] = is_swap & (hidden | (entry_type != SWP_PTE_MARKER))
-    return real
+    if len(words) < nr_pages:  # the address space ended: whoever reads these pages hears of it
+        words = np.concatenate((words, np.zeros(nr_pages - len(words), dtype=np.uint64)))
+    in_swap = (words & np.uint64(PM_SWAP | PM_PRESENT)) == np.uint64(PM_SWAP)
+    shown = (words & np.uint64(PM_FRAME)) != 0
+    marker = in_swap & shown & ((words & np.uint64(31)) == SWP_PTE_MARKER)
+    holds: npt.NDArray[np.bool_] = ~marker
+    if file_backed:
+        holds &= (words & np.uint64(PM_FILE)) == 0
+    return holds

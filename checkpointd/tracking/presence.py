@@ -172,7 +172,8 @@ def holding_data(pagemap: int, regions: ps.Regions, vmas: Sequence[Vma]) -> Pres
     extra_runs, extra_cats, extra_vma = [], [], []
     for n in maybe.tolist():
         first, nr = int(runs[n, 0]), int(runs[n, 1])
-        real = ps.swapped_data(pagemap, first, nr)
+        file_backed = vmas[int(vma_at[n])].kind is VmaKind.FILE_PRIVATE
+        real = ps.swapped_data(pagemap, first, nr, file_backed=file_backed)
         edges = np.flatnonzero(np.diff(np.concatenate(([False], real, [False])).astype(np.int8)))
         for start, end in edges.reshape(-1, 2).tolist():
             extra_runs.append((first + start, end - start))

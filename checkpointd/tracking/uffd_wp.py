@@ -106,9 +106,17 @@ class UffdWpTracker:
         data = _union(present.runs, written.present.runs, unchanged)
         dirty = subtract_runs(data, clean)
         self._pending, self._seen = (data, dirty), data
-        self._lift_stale(space, present, foreign)
-        tracepoint.hit("track.lifted")
-        self._arm(space, dirty)
+        try:
+            self._lift_stale(space, present, foreign)
+            tracepoint.hit("track.lifted")
+            late = self._arm(space, dirty, foreign)
+        except BaseException:
+            # what was armed is not known: nothing is clean until a collection has looked at everything
+            self._base = self._seen = NO_RUNS
+            raise
+        if len(late):
+            dirty, data, clean = _union(dirty, late), _union(data, late), subtract_runs(clean, late)
+            self._pending, self._seen = (data, dirty), data
         tracepoint.hit("track.armed")
         return Collection(
             clean=clean,
@@ -224,25 +232,47 @@ class UffdWpTracker:
             if vma.kind is VmaKind.ANON and n not in foreign:
                 uffd.lift_protection(self._fd, vma.start, vma.end)
 
-    def _arm(self, space: Space, dirty: Runs) -> None:
-        """Write-protect what the next epoch must watch: pages that were armed before still are."""
-        if len(dirty) == 0:
-            return
-        starts = dirty[:, 0] << np.uint64(PAGE_SHIFT)
-        ends = (dirty[:, 0] + dirty[:, 1]) << np.uint64(PAGE_SHIFT)
-        if len(dirty) <= _MAX_ARM_CALLS:
+    def _arm(self, space: Space, dirty: Runs, foreign: set[int]) -> Runs:
+        """Write-protect what the next epoch must watch: pages that were armed before still are.
+
+        Memory of somebody else's userfaultfd is left alone: it may be his own asynchronous write-protection.
+
+        Returns:
+            Pages that hold data and were armed though not in `dirty`: written since they were looked at, by somebody
+            who does not stand still (a kernel worker, process_vm_writev of another process).  They are dirty too.
+        """
+        wanted = subtract_runs(dirty, _ranges(space.vmas, foreign))
+        if len(wanted) == 0:
+            return NO_RUNS
+        starts = wanted[:, 0] << np.uint64(PAGE_SHIFT)
+        ends = (wanted[:, 0] + wanted[:, 1]) << np.uint64(PAGE_SHIFT)
+        if len(wanted) <= _MAX_ARM_CALLS:
             for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
                 ps.write_protect(space.pagemap, start, end)
-            return
-        for vma in space.vmas:
-            if vma.kind is not VmaKind.ANON:
+            return NO_RUNS
+        armed = []
+        for n, vma in enumerate(space.vmas):
+            if vma.kind is not VmaKind.ANON or n in foreign:
                 continue
             first = int(np.searchsorted(ends, vma.start, side="right"))
             last = int(np.searchsorted(starts, vma.end, side="left"))
             if first < last:
-                ps.write_protect(
-                    space.pagemap, max(vma.start, int(starts[first])), min(vma.end, int(ends[last - 1]))
+                armed.append(
+                    ps.scan(
+                        space.pagemap,
+                        max(vma.start, int(starts[first])),
+                        min(vma.end, int(ends[last - 1])),
+                        mask=ps.PAGE_IS_WRITTEN,
+                        anyof=ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED,
+                        returned=ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED | ps.PAGE_IS_PFNZERO,
+                        flags=ps.PM_SCAN_WP_MATCHING,
+                    )
                 )
+        if not armed:
+            return NO_RUNS
+        return subtract_runs(
+            merge_runs(holding_data(space.pagemap, np.concatenate(armed), space.vmas).runs), dirty
+        )
 
 
 def _is_registered(pagemap: int, vma: Vma) -> bool:

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the userfaultfd tracker makes of writers that do not stand still, and of pages the kernel is moving.
+
+The target is an area of this very process, so that a write can be staged between any two steps of a collection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from checkpointd import features, tracepoint
+from checkpointd.linux import pagemap_scan as ps
+from checkpointd.linux import userfaultfd as uffd
+from checkpointd.linux._libc import syscall
+from checkpointd.memory import PAGE_SIZE, Vma, VmaKind, pages_of
+from checkpointd.procfs import maps
+from checkpointd.tracking import uffd_wp
+from checkpointd.tracking.base import Collection, Space
+from checkpointd.tracking.presence import holding_data
+
+pytestmark = pytest.mark.needs("pagemap_scan", "uffd_wp")
+NR_PAGES = 1024
+MANY, FEW = 40, 20  # dirty runs: armed by one walk, or one by one
+
+
+def new_uffd() -> int:
+    fd = syscall(uffd.NR_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY)
+    uffd.handshake(fd, uffd_wp.FEATURES)
+    return fd
+
+
+class Area:
+    """Anonymous memory of ours, every page written."""
+
+    def __init__(self) -> None:
+        # holes around it: it must be a mapping of its own
+        self._map = mmap.mmap(-1, (NR_PAGES + 2) * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map.madvise(mmap.MADV_NOHUGEPAGE)
+        self.bytes = np.frombuffer(self._map, dtype=np.uint8)[PAGE_SIZE:-PAGE_SIZE]
+        self.start = int(self.bytes.ctypes.data)
+        self.end = self.start + NR_PAGES * PAGE_SIZE
+        self.bytes[::PAGE_SIZE] = 1
+        self.pagemap = ps.open_pagemap(os.getpid())
+
+    def discard(self, page: int) -> None:
+        self._map.madvise(mmap.MADV_DONTNEED, (page + 1) * PAGE_SIZE, PAGE_SIZE)
+
+    def space(self) -> Space:
+        vmas = [v for v in maps.read_smaps(os.getpid()) if v.start < self.end and v.end > self.start]
+        cut = [dataclasses.replace(v, start=max(v.start, self.start), end=min(v.end, self.end)) for v in vmas]
+        return Space(os.getpid(), self.pagemap, tuple(cut))
+
+    def pages(self, runs: np.ndarray) -> set[int]:
+        return {page - (self.start >> 12) for page in pages_of(runs).tolist()}
+
+
+@pytest.fixture
+def area() -> Iterator[Area]:
+    made = Area()
+    yield made
+    os.close(made.pagemap)
+
+
+@pytest.fixture
+def tracker() -> Iterator[uffd_wp.UffdWpTracker]:
+    known = features.probe()
+    made = uffd_wp.UffdWpTracker(
+        new_uffd(), has_guard_category=known.guard_category, holes_are_written=known.holes_are_written
+    )
+    yield made
+    made.disarm()
+    tracepoint.clear()
+
+
+@pytest.mark.parametrize("step", ["track.scanned", "track.registered", "track.lifted", "track.armed"])
+@pytest.mark.parametrize("nr_runs", [FEW, MANY])
+@pytest.mark.parametrize("was_empty", [False, True])
+def test_write_between_the_steps_is_reported_now_or_next_time(
+    area: Area, tracker: uffd_wp.UffdWpTracker, step: str, nr_runs: int, was_empty: bool
+) -> None:
+    victim = 5
+    if was_empty:
+        area.discard(victim)
+    tracker.collect(area.space())
+    tracker.commit()
+    area.bytes[: nr_runs * 8 * PAGE_SIZE : 8 * PAGE_SIZE] = 2
+
+    def write(_: str) -> None:
+        area.bytes[victim * PAGE_SIZE] = 77
+
+    tracepoint.register(step, write, at=1)
+    found: list[Collection] = []
+    for _ in range(2):
+        found.append(tracker.collect(area.space()))
+        tracker.commit()
+    dirty = [area.pages(one.dirty) for one in found]
+    assert victim in dirty[0] | dirty[1]
+    # content is copied after the collection: a page reported dirty in the first is right in it
+    if victim not in dirty[0]:
+        assert victim in dirty[1]
+    assert dirty[0] - {victim} == set(range(0, nr_runs * 8, 8))
+    assert area.pages(found[1].clean) | dirty[1] == set(range(NR_PAGES))
+
+
+@pytest.mark.parametrize("nr_runs", [FEW, MANY])
+def test_own_write_protection_of_the_target_is_left_alone(
+    area: Area, tracker: uffd_wp.UffdWpTracker, nr_runs: int
+) -> None:
+    own = new_uffd()
+    try:
+        uffd.register_wp(own, area.start, area.end)
+        ps.write_protect(area.pagemap, area.start, area.end)
+        written = set(range(0, nr_runs * 8, 8))
+        for page in written:
+            area.bytes[page * PAGE_SIZE] = 3
+        for _ in range(2):
+            found = tracker.collect(area.space())
+            tracker.commit()
+            assert area.pages(found.dirty) == set(range(NR_PAGES))
+        regions = ps.scan(
+            area.pagemap, area.start, area.end, mask=ps.PAGE_IS_WRITTEN, returned=ps.PAGE_IS_WRITTEN
+        )
+        starts = {(int(at) - area.start) // PAGE_SIZE for at in regions[:, 0]}
+        assert starts == written
+    finally:
+        os.close(own)
+
+
+@pytest.mark.parametrize("kind", [VmaKind.ANON, VmaKind.FILE_PRIVATE])
+def test_page_that_was_on_its_way_when_it_was_scanned_holds_data(
+    area: Area, kind: VmaKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A migration entry reads SWAPPED; a moment later its page is present again."""
+    marker = (1 << 62) | (1 << 57) | (1 << 5) | ps.SWP_PTE_MARKER
+    words = [(1 << 63) | 0x61234A, (1 << 62) | (77 << 5) | 3, marker, (1 << 63) | (1 << 61) | 0x61234B]
+    monkeypatch.setattr(ps, "read_words", lambda fd, first, nr: np.array(words, dtype=np.uint64)[:nr])
+    first = area.start >> 12
+    vma = Vma(area.start, area.end, 3, False, 0, (0, 0), 0, "", False, kind)
+    regions = np.array([[area.start, area.start + 4 * PAGE_SIZE, ps.PAGE_IS_SWAPPED]], dtype=np.uint64)
+    found = pages_of(holding_data(area.pagemap, regions, [vma]).runs) - np.uint64(first)
+    assert found.tolist() == ([0, 1, 3] if kind is VmaKind.ANON else [0, 1])
+
+
+@pytest.mark.parametrize("nr_regions", [16383, 16384, 16385, 32768])
+def test_scan_tells_every_region_once(nr_regions: int) -> None:
+    """The kernel's walk_end is stale when the last region of all just fills the vector."""
+    area = mmap.mmap(-1, nr_regions * 2 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    area.madvise(mmap.MADV_NOHUGEPAGE)
+    content = np.frombuffer(area, dtype=np.uint8)
+    content[:: 2 * PAGE_SIZE] = 1
+    start = int(content.ctypes.data)
+    pagemap = ps.open_pagemap(os.getpid())
+    try:
+        found = ps.scan(
+            pagemap, start, start + len(content), anyof=ps.PAGE_IS_PRESENT, returned=ps.PAGE_IS_PRESENT
+        )
+    finally:
+        os.close(pagemap)
+    assert len(found) == nr_regions
+    assert (np.diff(found[:, 0].astype(np.int64)) > 0).all()
