@@ -23,7 +23,8 @@ NATIVE = "native"
 GUEST_TIMEOUT_S = 1800
 GUEST_EPOCHS, NATIVE_EPOCHS = 3, 6
 GUEST_BACKENDS = {"6.12-precise": "precise-soft-dirty"}
-"""What a guest is for; by default soft-dirty, its emulation and uffd-wp."""
+DEFAULT_GUEST_BACKENDS = "soft-dirty,barrier-soft-dirty,uffd-wp"
+"""What a guest is for."""
 
 
 def main() -> int:
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--where", default=f"{NATIVE},6.12-stock,6.12-precise")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--guest-backends", default="", metavar="LIST", help="instead of what a guest is for")
     parser.add_argument("--records", type=Path, default=ROOT / "build" / "study")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "savings.md")
     parser.add_argument("--render-only", action="store_true")
@@ -47,7 +49,7 @@ def main() -> int:
                     if out.exists():
                         continue
                     print(f"{where}: {name}, {repeat} of {args.repeats}", flush=True)
-                    if _measure(where, name, out) != 0:
+                    if _measure(where, name, out, args.guest_backends) != 0:
                         failed.append(f"{where}/{out.name}")
     args.output.write_text(render(args.records), encoding="utf-8")
     print(f"{args.output} written")
@@ -56,7 +58,7 @@ def main() -> int:
     return bool(failed)
 
 
-def _measure(where: str, name: str, out: Path) -> int:
+def _measure(where: str, name: str, out: Path, backends: str) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "benchmarks.study.measure", name, str(out)]
     if where == NATIVE:
@@ -64,7 +66,7 @@ def _measure(where: str, name: str, out: Path) -> int:
     else:
         guest = [sys.executable, "-m", "vmtest", "run", where, "--timeout", str(GUEST_TIMEOUT_S)]
         inside = ["env", "STUDY_SMALL=1", *words, "--epochs", str(GUEST_EPOCHS), "--baseline-ms", "0"]
-        inside += ["--backends", GUEST_BACKENDS.get(where, "soft-dirty,barrier-soft-dirty,uffd-wp")]
+        inside += ["--backends", backends or GUEST_BACKENDS.get(where, DEFAULT_GUEST_BACKENDS)]
         done = subprocess.run(
             [*guest, "--share", str(out.parent), "--", *inside],
             cwd=ROOT,

@@ -20,6 +20,7 @@ from checkpointd.report.text import count, size
 
 NATIVE = "native"
 PAGE = 4096
+_VMA_LIMIT = 65_530  # vm.max_map_count
 MISSING = "-"
 
 Value = Callable[["Seen"], float | None]
@@ -336,6 +337,7 @@ def _answer(study: Study) -> Iterator[str]:
     yield ""
     yield from _who_gains(study)
     yield from _who_pays(study)
+    yield from _own_dumps(study)
     if NATIVE in study.seen:
         ratios = _means(study, NATIVE, "uffd-wp", over)
         xor = _means(study, NATIVE, "uffd-wp", _xor_share)
@@ -352,34 +354,69 @@ def _answer(study: Study) -> Iterator[str]:
             yield (
                 f"* **Differences within pages.** XORed with what they held, written pages took "
                 f"{percent(min(xor.values()))} to {percent(max(xor.values()))} of their packed size; less than half "
-                f"for {len(few)} of {len(xor)} programs{': ' + ', '.join(few) if few else ''}."
+                f"for {len(few)} of {len(xor)} programs{': ' + ', '.join(few) if few else ''}. "
+                "`checkpoint dump` stores whole pages; it has no such option."
             )
     yield ""
 
 
+def _own_dumps(study: Study) -> Iterator[str]:
+    """What precision is worth to dumps that compare what they read."""
+    for where, backend in (
+        (next((w for w in study.seen if "stock" in w), ""), "soft-dirty bit"),
+        (NATIVE, "uffd-wp"),
+    ):
+        reported = _means(study, where, backend, raw)
+        wrote = _means(study, where, backend, packed)
+        stored = _means(study, where, backend, lambda s: s.backend.bytes_stored.mean)
+        extra = {name: wrote[name] - stored[name] for name in wrote}
+        if not extra:
+            continue
+        name = max(extra, key=lambda n: extra[n])
+        yield (
+            f"* **What `checkpoint dump` pays for over-reports** by {backend} ({where}): no space, because it compares "
+            f"what it reads with the parent; it reads and hashes up to {size(max(reported.values()))} an interval. "
+            f"A tool that writes what is reported would store up to {size(extra[name])} more an interval ({name})."
+        )
+
+
 def _who_gains(study: Study) -> Iterator[str]:
+    """Within one run, not between two: no two runs do the same work to the page."""
     stock = next((w for w in study.seen if "stock" in w), "")
     precise = next((w for w in study.seen if "precise" in w), "")
-    plain = _means(study, stock, "soft-dirty bit", raw)
+    merged = _means(study, stock, "soft-dirty bit", _merged_share)
+    if not merged:
+        yield "* Plain soft-dirty was not measured."
+        return
+    gain = sorted((name for name in merged if merged[name] >= 1), key=lambda name: -merged[name])
+    rest = [name for name in merged if merged[name] < 1]
+    yield (
+        "* **Who gains.** Of the pages plain soft-dirty reported, these were there only because their mapping had "
+        "merged with a new one: "
+        + (", ".join(f"{name} {percent(merged[name])}" for name in gain) or "none in any program")
+        + (f"; under 1 %: {', '.join(rest)}" if rest else "")
+        + ". That is what exact tracking takes away."
+    )
+    plain = _means(study, stock, "soft-dirty bit", over)
     for label, where, backend in (
         ("The patch", precise, "precise-soft-dirty bit"),
         ("The merge barrier on the stock kernel", stock, "barrier-soft-dirty bit"),
     ):
-        exact = _means(study, where, backend, raw)
-        both = [name for name in plain if name in exact and plain[name]]
-        if not both:
+        exact = _means(study, where, backend, over)
+        both = [f"{name} {percent(plain[name])} to {percent(exact[name])}" for name in plain if name in exact]
+        if both:
+            yield (
+                f"* **{label}** took the over-report, for each page that changed, from "
+                + ", ".join(both)
+                + "."
+            )
+        else:
             yield f"* {label} was not measured beside plain soft-dirty."
-            continue
-        saved = {name: 100 - 100 * exact[name] / plain[name] for name in both}
-        gain = sorted((n for n in both if saved[n] >= 10), key=lambda n: -saved[n])
-        rest = [n for n in both if saved[n] < 10]
-        small = ", ".join(f"{name} ({saved[name]:+.0f} %)" for name in rest)
-        yield (
-            f"* **{label}** against plain soft-dirty, raw bytes of an increment: "
-            + (", ".join(f"{n} {saved[n]:.0f} % less" for n in gain) or "no program gained a tenth")
-            + (f"; less than a tenth either way: {small}" if small else "")
-            + ". No two runs do the same work to the page: a few per cent are noise."
-        )
+
+
+def _merged_share(seen: Seen) -> float | None:
+    reported = seen.backend.reported.mean
+    return 100 * seen.backend.causes["merged"] / reported if reported else None
 
 
 def _who_pays(study: Study) -> Iterator[str]:
@@ -399,13 +436,26 @@ def _who_pays(study: Study) -> Iterator[str]:
             found = True
             name = max(growth, key=lambda n: growth[n])
             limit = max(most.values())
+            beside = "the run with plain soft-dirty"
+            if place == NATIVE:
+                beside = "what there was when tracking began; the program's own growth is in it"
             yield (
                 f"* **VMAs with {backend}** ({place}): at most {growth[name]:+.0f} ({name}, {most[name]:.0f} against "
-                f"{plain[name]:.0f}); the most VMAs any program had is {limit:.0f}, {100 * limit / 65530:.1f} % of the "
-                "default limit of 65,530."
+                f"{plain[name]:.0f}: {beside}); the most VMAs any program had is {limit:.0f}, "
+                f"{100 * limit / 65530:.1f} % of the default limit of 65,530."
             )
     if not found:
         yield "* VMA growth was not measured."
+    place = next((w for w in study.seen if "precise" in w), "")
+    seen = _means(study, place, "precise-soft-dirty", lambda s: s.run.vmas.high)
+    many = [name for name, most in seen.items() if most > _VMA_LIMIT / 2]
+    if seen:
+        left = len(WORKLOADS) - len(seen)
+        yield (
+            f"* **A program that should not use it**: {', '.join(many) or 'none'} of the {len(seen)} measured on the "
+            f"patched kernel ({', '.join(seen)}) came near the limit on VMAs. {left} of the study's programs were not "
+            "measured there, so this says nothing of them."
+        )
 
 
 def _means(study: Study, where: str, backend: str, value: Value) -> dict[str, float]:

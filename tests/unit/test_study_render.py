@@ -46,7 +46,7 @@ def test_repeats_have_a_spread_and_single_runs_have_none(tmp_path):
         in row(text, "nginx:")
     )
     assert "No reporter missed a page" in text
-    assert "was not measured beside plain soft-dirty" in text
+    assert "Plain soft-dirty was not measured" in text
     assert "numpy:" not in text
 
 
@@ -65,14 +65,18 @@ def test_throughput_is_shown_only_of_a_machine_that_was_not_busy(tmp_path):
 
 
 def test_a_guest_s_savings_and_losses_are_counted(tmp_path):
-    def as_backend(name, share, missed=0):
+    def as_backend(name, merged, missed=0):
         def change(found):
             if found["type"] == "backend":
                 backend = f"{name} bit" if found["backend"] == "uffd-wp" else name
+                causes = {**found["causes"], "merged": merged}
+                over = found["pages_over_reported"] + merged
+                reported = found["pages_reported"] + merged
                 return {
                     **found,
-                    **{"backend": backend, "advisory": backend.endswith("bit")},
-                    **{"bytes_raw": int(found["bytes_raw"] * share), "pages_missed": missed, "missed": []},
+                    **{"backend": backend, "advisory": backend.endswith("bit"), "causes": causes},
+                    **{"pages_over_reported": over, "pages_reported": reported},
+                    **{"pages_missed": missed, "missed": []},
                 }
             if found["type"] == "epoch":
                 return {**found, "clear_us": 70 + found["epoch"], "nr_vmas_after": 12}
@@ -80,10 +84,15 @@ def test_a_guest_s_savings_and_losses_are_counted(tmp_path):
 
         return change
 
-    keep(tmp_path, "6.12-stock", "sqlite", 1, as_backend("soft-dirty", 1.0, missed=3))
-    keep(tmp_path, "6.12-precise", "sqlite", 1, as_backend("precise-soft-dirty", 0.25))
+    keep(tmp_path, "6.12-stock", "sqlite", 1, as_backend("soft-dirty", 100_000, missed=3))
+    keep(tmp_path, "6.12-precise", "sqlite", 1, as_backend("precise-soft-dirty", 0))
     text = render(tmp_path)
-    assert "**The patch** against plain soft-dirty, raw bytes of an increment: sqlite 75 % less" in text
+    assert "merged with a new one: sqlite 99 %" in text or "merged with a new one: sqlite 100 %" in text
+    judged = [found for found in RECORDS if found.get("backend") == "uffd-wp"]
+    changed = sum(found["pages_changed"] for found in judged)
+    over = sum(found["pages_over_reported"] for found in judged)
+    first, last = 100 * (over + 400_000) / changed, 100 * over / changed
+    assert f"sqlite {first:.0f} % to {last:.0f} %." in text
     assert row(text, "6.12-stock", "soft-dirty bit", "sqlite").endswith("| 12 |")
     assert row(text, "sqlite", "precise-soft-dirty bit").endswith("| 12 | 73 |")
     assert "The merge barrier on the stock kernel was not measured" in text
