@@ -38,6 +38,7 @@ from checkpointd.agent.protocol import (
 from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.errors import Busy, Cancelled, CheckpointError, FrozenTooLong, TargetGone
 from checkpointd.linux import pidfd
+from checkpointd.target.freeze import left_attached
 
 _PROGRESS_INTERVAL_S = 0.1
 
@@ -63,9 +64,12 @@ class Agent:
             self._channel.send(hello(os.getpid()))
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         try:
-            while (request := self._requests.get()) is not None:
+            # threads that cannot be detached from go free only when this process ends
+            while not left_attached() and (request := self._requests.get()) is not None:
                 self._serve(request)
         finally:
+            if left_attached():
+                os._exit(1)  # at once: closing would take time, and they stand still until we are gone
             if self._dumper is not None:
                 self._dumper.close()
 
@@ -108,9 +112,6 @@ class Agent:
             self._send({"id": number, "event": "result", "value": value})
         except CheckpointError as error:
             self._send({"id": number, "event": "error", "error": error.to_dict()})
-            if "stragglers" in error.details:
-                # threads that cannot be detached from go free only when this process ends
-                self._requests.put(None)
         except ProtocolError as error:
             self._send({"id": number, "event": "error", "error": CheckpointError(str(error)).to_dict()})
         except Exception as error:

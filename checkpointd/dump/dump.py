@@ -36,7 +36,7 @@ from checkpointd.dump.division import (
 )
 from checkpointd.dump.options import DumpOptions
 from checkpointd.dump.pages import CopyRequest, Heard, PageWorker
-from checkpointd.dump.targets import KnownAlone, is_watched, pinned_runs
+from checkpointd.dump.targets import KnownAlone, is_watched, written_beside
 from checkpointd.errors import (
     Busy,
     Cancelled,
@@ -100,6 +100,7 @@ class _Work:
     huge: Runs = field(default_factory=lambda: NO_RUNS)
     files_draft: FilesDraft | None = None
     alone: KnownAlone | None = None
+    kernel_workers: bool = False
     started_ns: int = field(default_factory=time.monotonic_ns)
 
     def mark(self, phase: str, since_ns: int) -> int:
@@ -263,6 +264,7 @@ class Dumper:
         captured = capture_address_space(self.pid, vmas, NO_RUNS, work.huge)
         at = work.mark("maps", at)
         self._is_watched = is_watched(vmas)
+        work.kernel_workers = frozen.has_kernel_workers
         collection = None
         copy: ForkedCopy | None = None
         tracker = self._tracker
@@ -364,7 +366,8 @@ class Dumper:
     def _collect(self, tracker: Tracker, vmas: tuple[Vma, ...], work: _Work) -> Collection:
         pagemap = ps.open_pagemap(self.pid)
         try:
-            found = tracker.collect(Space(self.pid, pagemap, vmas, pinned_runs(self.pid, vmas)))
+            suspect = written_beside(self.pid, vmas, kernel_workers=work.kernel_workers)
+            found = tracker.collect(Space(self.pid, pagemap, vmas, suspect))
         finally:
             os.close(pagemap)
         if tracker.name != "content":

@@ -243,6 +243,9 @@ class PageWorker:
                     self._connection.send(("stop", ()))
         except (EOFError, OSError) as error:
             raise self._gone() from error
+        except BaseException:
+            self._process.kill()  # its answer would be taken for that to the next question
+            raise
         if stopped_by is not None:
             raise stopped_by
         kind, value = answer
@@ -430,7 +433,13 @@ class _Server:
         self._builder = None
         self.writing.clear()
         if self._store is not None:
-            self._parent = self._store.load(info.id)  # most likely the next parent: its index is warm then
+            self._parent = None
+            with contextlib.suppress(
+                CheckpointError, OSError
+            ):  # the image is durable whatever becomes of this
+                self._parent = self._store.load(
+                    info.id
+                )  # most likely the next parent: its index is warm then
         return {
             **info.to_dict(),
             "pages_zero": counts.zero,

@@ -103,12 +103,14 @@ def is_watched(vmas: Sequence[Vma]) -> bool:
     return any(vma.flags & {"um", "ui"} for vma in vmas)
 
 
-def pinned_runs(pid: int, vmas: Sequence[Vma]) -> Runs:
-    """Pages that devices may write behind the page tables' back.
+def written_beside(pid: int, vmas: Sequence[Vma], *, kernel_workers: bool) -> Runs:
+    """Pages that may be written behind the back of page tables or of a freeze: read whatever the tracker says.
 
-    The kernel tells how much is pinned (VmPin), not what: with any pin, all anonymous memory is suspect.
+    Devices write pinned memory; the kernel tells how much is pinned (VmPin), not what.  A worker of the kernel that
+    outlived its io_uring does not stand still: a write of it between the look at soft-dirty bits and their clearing
+    would be seen by nobody.  In either case all anonymous memory is suspect.
     """
-    if process.read_status(pid).get("VmPin", "0 kB").split()[0] == "0":
+    if not kernel_workers and process.read_status(pid).get("VmPin", "0 kB").split()[0] == "0":
         return NO_RUNS
     rows = [(vma.first_page, vma.nr_pages) for vma in vmas if vma.kind is VmaKind.ANON]
     return merge_runs(np.array(rows, dtype=np.uint64).reshape(-1, 2))

@@ -11,7 +11,7 @@ import struct
 from checkpointd.linux._libc import syscall
 
 _NR_KCMP = 312
-KCMP_FILE, KCMP_FILES, KCMP_FS = 0, 2, 3
+KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS = 0, 1, 2, 3
 KCMP_EPOLL_TFD = 7
 
 
@@ -27,6 +27,11 @@ def shares_files(pid: int, tid: int) -> bool:
 def shares_directories(pid: int, tid: int) -> bool:
     """Do two threads have one root, working directory and umask (CLONE_FS)?"""
     return _kcmp(pid, KCMP_FS, 0, 0, other=tid) == 0
+
+
+def shares_memory(pid: int, other: int) -> bool:
+    """Do two processes have one address space (CLONE_VM)?"""
+    return _kcmp(pid, KCMP_VM, 0, 0, other=other) == 0
 
 
 def compare_files(pid: int, fd1: int, fd2: int) -> int:

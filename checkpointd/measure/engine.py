@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpointd import features, tracepoint
-from checkpointd.dump.targets import pinned_runs
+from checkpointd.dump.targets import written_beside
 from checkpointd.errors import Cancelled, CheckpointError, KernelLacks, TargetExeced, TargetGone, UsageError
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.linux import pidfd
@@ -109,6 +109,7 @@ class _Measuring:
             raise TargetGone(f"no process with pid {pid}", hint="look it up with `ps`", pid=pid) from error
         self._began_ns = time.monotonic_ns()
         self._nr_epochs = self._nr_missed = 0
+        self._turned_on = False
 
     def work(self) -> dict[str, Any]:
         reason = "done"
@@ -195,7 +196,8 @@ class _Measuring:
                 with contextlib.suppress(OSError):
                     tracker.disarm()
             reader.close()
-            if any(needs_switch_off(tracker) for tracker in trackers.values()):
+            if self._turned_on:  # perhaps for a tracker that has lost its target since
+                self._turned_on = False
                 with contextlib.suppress(CheckpointError, OSError), freeze(self.pid) as frozen:
                     with frozen.inject() as remote:
                         switch_off(remote)
@@ -302,11 +304,13 @@ class _Measuring:
             with frozen.inject() as remote:
                 for name in missing:
                     trackers[name], _ = make_tracker(name, self.pid, remote, self._features)
+                    self._turned_on |= needs_switch_off(trackers[name])
             vmas = tuple(maps.read_smaps(self.pid))
         pagemap = ps.open_pagemap(self.pid)
         reports: list[dict[str, Any]] = []
         try:
-            space = Space(self.pid, pagemap, vmas, pinned_runs(self.pid, vmas))
+            suspect = written_beside(self.pid, vmas, kernel_workers=frozen.has_kernel_workers)
+            space = Space(self.pid, pagemap, vmas, suspect)
             for name in names:
                 begun = time.monotonic_ns()
                 found, lost = _collect(trackers, name, space)

@@ -33,7 +33,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from checkpointd.errors import TargetExeced, Unsupported
+from checkpointd.errors import Busy, TargetExeced, Unsupported
 from checkpointd.linux import ptrace
 from checkpointd.linux.process_vm import MemFile
 from checkpointd.linux.ptrace import RseqConfig
@@ -48,7 +48,7 @@ from checkpointd.target.restartable_sequence import abort_critical_section
 from checkpointd.target.slot import SLOT_SIZE, LeftBehind, SlotPlace, exe_identity, find_places, is_go_program
 from checkpointd.tracepoint import hit
 
-__all__ = ["Frozen", "FrozenThread", "RseqConfig", "freeze"]
+__all__ = ["Frozen", "FrozenThread", "RseqConfig", "freeze", "left_attached"]
 
 # TRACESYSGOOD: without it our death at a system call stop would send SIGTRAP.  Never EXITKILL.
 _OPTIONS = ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC
@@ -58,6 +58,7 @@ _MAX_WAYS_HOME = 200
 _NR_PLACES = 2
 _VDSO_LINE = re.compile(rb"^.*\[vdso\]$", re.MULTILINE)
 _WORD = 8
+_attached: set[int] = set()
 
 
 @dataclass(slots=True)
@@ -102,6 +103,11 @@ class Frozen:
     _leader_has_place: bool = False
     _injecting: bool = False
     _interrupted: bool = False
+
+    @property
+    def has_kernel_workers(self) -> bool:
+        """Were workers of the kernel (io_uring's) among the threads?  They are not stopped."""
+        return bool(self._workers)
 
     @property
     def leader(self) -> FrozenThread:
@@ -241,7 +247,7 @@ class Frozen:
         if failure is not None:
             raise failure
         if stragglers:
-            raise attachable.uninterruptible(self.pid, stragglers, stragglers=stragglers)
+            raise _still_attached(self.pid, stragglers)
 
     def __del__(self) -> None:
         # an exception between the return of `freeze` and the `with` that wanted it
@@ -328,8 +334,8 @@ def _stop_all(frozen: Frozen, deadline: float) -> None:
 def _wait_idle(frozen: Frozen, deadline: float) -> None:
     """Wait until no worker of the kernel is in the midst of a disk read or write for the target.
 
-    All threads that could give it work stand still.  One that polls (SQPOLL) or waits for a pipe is left to that: its
-    writes are tracked as any other write by the kernel is.
+    All threads that could give it work stand still.  One that polls (SQPOLL) or waits for a pipe is left to that, and
+    `has_kernel_workers` tells of it: what it may write meanwhile is not for a tracker to call clean.
 
     Raises:
         Busy: it does not end in time.
@@ -459,8 +465,10 @@ def _give_up(frozen: Frozen, pending: set[int]) -> None:
     stay until then.
     """
     stopped = [tid for tid in frozen._held if tid not in pending]
+    stragglers = []
     for tid in stopped:
-        release(frozen.pid, tid, deadline=time.monotonic() + _LINGER_S)
+        if not release(frozen.pid, tid, deadline=time.monotonic() + _LINGER_S):
+            stragglers.append(tid)
         frozen._held.pop(tid, None)
     error = attachable.uninterruptible(frozen.pid, sorted(pending))
     linger_until = time.monotonic() + _LINGER_S
@@ -473,11 +481,21 @@ def _give_up(frozen: Frozen, pending: set[int]) -> None:
             if status is not None and release(frozen.pid, tid, linger_until):
                 frozen._held.pop(tid, None)
         time.sleep(0.001)
-    if frozen._held:
-        stragglers = sorted(frozen._held)
+    if frozen._held or stragglers:
+        stragglers = sorted([*frozen._held, *stragglers])
         frozen._held.clear()
-        raise attachable.uninterruptible(frozen.pid, stragglers, stragglers=stragglers)
+        raise _still_attached(frozen.pid, stragglers)
     raise error
+
+
+def _still_attached(pid: int, tids: list[int]) -> Busy:
+    _attached.update(tids)
+    return attachable.uninterruptible(pid, tids, stragglers=tids)
+
+
+def left_attached() -> frozenset[int]:
+    """Threads this process could not detach from, whoever has caught the error: it must end to let them go."""
+    return frozenset(_attached)
 
 
 def _read_threads(frozen: Frozen, blocked: dict[int, BlockedCall]) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpointd.errors import CheckpointError, NotPermitted, Unsupported
-from checkpointd.linux import prctl, prlimit, timer
+from checkpointd.linux import kcmp, prctl, prlimit, timer
 from checkpointd.linux.arch import ARCH_GET_XCOMP_PERM, Nr, cpu_flags
 from checkpointd.memory import TASK_SIZE, Vma, VmaKind
 from checkpointd.procfs import maps, process
@@ -212,6 +212,21 @@ def _children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def _sharers_of_memory(pid: int) -> list[str]:
+    """Relatives in the same address space: nobody stops them while it is read.
+
+    Looked for in the freeze: a vfork child in flight holds its parent in a sleep that no freeze ends.
+    """
+    found = []
+    for other in (*_children(pid), process.read_stat(pid).ppid):
+        with contextlib.suppress(OSError):  # it just ended, or may not be compared
+            if other > 1 and kcmp.shares_memory(pid, other):
+                found.append(
+                    f"process {other} runs in the same memory (CLONE_VM), and would go on writing to it"
+                )
+    return found
+
+
 def vma_blockers(vmas: Iterable[Vma]) -> list[str]:
     """Mappings that cannot be saved.  With flags (smaps) it sees more: device memory, shadow stacks, hugetlb."""
     found: list[str] = []
@@ -261,7 +276,7 @@ def capture_process(
             draft = ProcessDraft(pid)
             _fill(draft, maps.read_maps(pid))
         asked = _ask(remote)
-        blockers = [*draft.blockers, *asked.blockers]
+        blockers = [*draft.blockers, *asked.blockers, *_sharers_of_memory(pid)]
         if blockers:
             raise Unsupported(
                 f"process {pid} cannot be saved: {blockers[0]}"

@@ -14,8 +14,8 @@ image room compares it with the parent by digest.  Beyond that rule a page is ca
 
 * it held data at the last committed collection: mremap(2) moves whole page tables without marking the entries, and
   a discarded page that reads as zeroes is clean too;
-* no 2 MiB of it can have been moved there that way (`_movable`), unless it is behind the barrier, which a move
-  leaves;
+* nothing can have been moved there that way: the kernel marks moved tables (`marks_moves`), or the VMA is behind the
+  barrier, which a move leaves;
 * the canary says that nobody else cleared (tracking/canary.py), and KSM has not worked since (procfs/ksm.py).
 
 Linux kernel commit 0f8975ec4db2 ("mm: soft-dirty bits for user memory changes tracking") (in v3.11).
@@ -49,9 +49,6 @@ from checkpointd.tracking.base import Collection, Space, TrackingLostError
 from checkpointd.tracking.canary import Canary
 from checkpointd.tracking.presence import PresentRegions, Sight, look
 from checkpointd.tracking.presence_words import MAYBE_ZERO
-
-_TABLE = 1 << 21
-"""What one page table maps; mremap(2) moves whole ones."""
 
 NAMES = {Mode.PLAIN: "soft-dirty", Mode.PATCHED: "precise-soft-dirty", Mode.BARRIER: "barrier-soft-dirty"}
 _PRECISION = {
@@ -171,10 +168,9 @@ class SoftDirtyTracker:
             seen = _Seen(vma)
             behind = self.mode is Mode.BARRIER and self._barrier.covers(seen)
             verdict = trust(seen, self.mode, keeps_writes=self._keeps_writes, registered=behind)
-            if verdict is not Trust.EXACT:
+            # what a VMA looks like now bounds nothing: a moved table may have been cut to pieces since
+            if verdict is not Trust.EXACT or not (behind or self._marks_moves):
                 unsafe.append(_runs_of(vma.start, vma.end))
-            elif not behind and not self._marks_moves:
-                unsafe.append(_movable(vma))
         believed = np.array([vma.kind is VmaKind.ANON for vma in space.vmas] or [False], dtype=bool)[
             present.vma
         ]
@@ -211,9 +207,3 @@ class SoftDirtyTracker:
 
 def _runs_of(start: int, end: int) -> Runs:
     return np.array([[start >> PAGE_SHIFT, (end - start) >> PAGE_SHIFT]], dtype=np.uint64)
-
-
-def _movable(vma: Vma) -> Runs:
-    """The pages that lie in whole page tables of one VMA: mremap(2) may have put them there unmarked."""
-    start, end = -(-vma.start // _TABLE) * _TABLE, vma.end // _TABLE * _TABLE
-    return _runs_of(start, end) if start < end else NO_RUNS

@@ -328,3 +328,31 @@ def test_the_time_slept_is_known_even_after_injection(start, mode):
     # a freeze restarts the call, so no sample can be older than the last one
     assert 0 < max(seen) < 400_000
     target.judge()
+
+
+_GIVES_UP = """
+import sys
+from checkpointd.errors import CheckpointError
+from checkpointd.target import attachable, freeze
+attachable.wait_until_interruptible = lambda *args: set()
+freeze._LINGER_S = 0.1
+try:
+    freeze.freeze(int(sys.argv[1]), timeout_s=0.1)
+except CheckpointError as error:
+    assert error.details["stragglers"], error
+    assert freeze.left_attached() == set(error.details["stragglers"])
+    print("attached", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_thread_that_could_not_be_let_go_is_known_and_free_when_we_end(start):
+    target = start("vfork")
+    child = subprocess.Popen(
+        [sys.executable, "-c", _GIVES_UP, str(target.pid)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout.readline() == b"attached\n"
+    child.communicate()
+    assert child.returncode == 0
+    assert "t" not in _states(target.pid).values()
+    target.judge()
