@@ -3,7 +3,7 @@
 
 | opened | what happened since | verdict |
 |---|---|---|
-| any | same size and modification time | fine, even if it is a copy (another inode) |
+| any | same size and modification time | fine, even a copy (whose copy: restore/reopen.py) |
 | any | gone, or no regular file any more | conflict |
 | append, write only | grew or shrank (a log) | fine: goes on at its end, told |
 | write only | grew | fine: goes on at its offset, what came later is overwritten, told |

@@ -14,8 +14,9 @@ from pathlib import Path
 from checkpointd.errors import RestoreConflict
 from checkpointd.restore import holders
 from checkpointd.restore.files_changes import judge
-from checkpointd.restore.files_kinds import same_terminal, stat_or_none
+from checkpointd.restore.files_kinds import open_directory, open_regular, same_terminal, stat_or_none
 from checkpointd.restore.files_maker import FilesContext, Maker
+from checkpointd.restore.reopen import Opener
 from checkpointd.restore.sockets import bind_inet, set_options, socket_path_conflict
 from checkpointd.state import files as state_of
 from checkpointd.state.files import FilesOptions, FilesState, RegularFile
@@ -24,18 +25,28 @@ _LOCK_KINDS = {"flock": "FLOCK", "posix": "POSIX", "ofd": "OFDLCK"}
 
 
 def check_files(
-    state: FilesState, options: FilesOptions | None = None, *, pid: int | None = None, same_boot: bool = True
+    state: FilesState,
+    options: FilesOptions | None = None,
+    *,
+    pid: int | None = None,
+    same_boot: bool = True,
+    opener: Opener | None = None,
 ) -> list[str]:
     """Every conflict, one sentence each with what to do.
 
     Args:
         pid: of the process as it will be; the one of the dump if None.
+        opener: opens paths for the process; by default as if it had our own rights.
     """
-    context = FilesContext(options=options or FilesOptions(), same_boot=same_boot)
+    context = FilesContext(options or FilesOptions(), same_boot=same_boot, opener=opener or Opener())
     maker = Maker(state, context, state.pid if pid is None else pid)
     conflicts: list[str] = []
     for index, one in enumerate(state.descriptions):
-        conflicts += [f"{maker.name(index)}: {problem}" for problem in _check(maker, one)]
+        try:
+            found = _check(maker, one)
+        except RestoreConflict as conflict:
+            found = [conflict.message + (f"; {conflict.hint}" if conflict.hint else "")]
+        conflicts += [f"{maker.name(index)}: {problem}" for problem in found]
     return conflicts
 
 
@@ -44,10 +55,11 @@ def _check(maker: Maker, one: state_of.AnyDescription) -> list[str]:
         case RegularFile() if not one.deleted:
             return _check_regular(maker, one)
         case state_of.Directory():
-            there = stat_or_none(maker.path(one.path))
+            there = maker.opener.stat(maker.path(one.path))
             if there is None:
                 return [f"the directory {one.path} is gone; make it again"]
-            return [] if stat.S_ISDIR(there.st_mode) else [f"{one.path} is no directory any more"]
+            os.close(open_directory(maker, one, what=one.path))
+            return []
         case state_of.Device():
             return _check_device(maker, one)
         case state_of.PipeEnd():
@@ -56,7 +68,7 @@ def _check(maker: Maker, one: state_of.AnyDescription) -> list[str]:
             return [
                 f"the watched path {watch.path} is gone; make it again"
                 for watch in one.watches
-                if stat_or_none(maker.path(watch.path)) is None
+                if maker.opener.stat(maker.path(watch.path)) is None
             ]
         case state_of.InetSocket() if one.local:
             return _check_inet(one)
@@ -72,9 +84,14 @@ def _check_regular(maker: Maker, one: RegularFile) -> list[str]:
     path = maker.path(one.file.path)
     if one.pseudo and path.startswith(f"/proc/{maker.pid}/"):
         return []  # the process is not there yet
-    there = stat_or_none(path)
+    there = maker.opener.stat(path)
     verdict = judge(one, there, allow_changes=maker.options.changed == "allow")
     conflicts = [verdict.conflict] if verdict.conflict else []
+    if there is not None and stat.S_ISREG(there.st_mode):
+        try:
+            os.close(open_regular(maker, one, what=one.file.path))
+        except RestoreConflict as conflict:
+            conflicts.append(f"{conflict.message}; {conflict.hint}")
     for lock in one.locks:
         device = (os.major(there.st_dev), os.minor(there.st_dev)) if there else (0, 0)
         table = Path("/proc/locks").read_bytes()
@@ -101,7 +118,7 @@ def _check_device(maker: Maker, one: state_of.Device) -> list[str]:
 
 def _check_pipe(maker: Maker, pipe: state_of.PipeState) -> list[str]:
     if pipe.path:
-        there = stat_or_none(maker.path(pipe.path))
+        there = maker.opener.stat(maker.path(pipe.path))
         if there is None or not stat.S_ISFIFO(there.st_mode):
             return [f"the FIFO {pipe.path} is gone; make it again with mkfifo"]
         return []

@@ -14,17 +14,20 @@ import select
 import stat
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 
 from checkpointd.errors import RestoreConflict
 from checkpointd.linux import fcntl as fdcalls
 from checkpointd.linux import inotify as inotify_calls
 from checkpointd.restore.files_changes import judge
-from checkpointd.restore.files_maker import Maker, open_again, reopen, set_status, write_all
+from checkpointd.restore.files_maker import Maker, write_all
+from checkpointd.restore.reopen import open_own, own_path, reopen, set_status
 from checkpointd.state.files import (
     Device,
     Directory,
     EventFd,
     Inotify,
+    InotifyWatch,
     Memfd,
     RegularFile,
     SharedMemory,
@@ -35,6 +38,7 @@ from checkpointd.state.files import (
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
 _REALTIME_CLOCKS = (0, 8)  # CLOCK_REALTIME, CLOCK_REALTIME_ALARM
 _WD_LIMIT = 1 << 20
+_IN_DONT_FOLLOW = 0x0200_0000
 
 
 def regular(maker: Maker, index: int, one: RegularFile) -> int:
@@ -43,7 +47,7 @@ def regular(maker: Maker, index: int, one: RegularFile) -> int:
     if one.deleted:
         fd = reopen(_base_of_deleted(maker, index, one), one.flags, what=what)
     else:
-        fd = open_again(maker.path(one.file.path), one.flags, what=what)
+        fd = open_regular(maker, one, what=what)
         if not one.flags & fdcalls.O_PATH:
             verdict = judge(one, os.fstat(fd), allow_changes=maker.options.changed == "allow")
             if verdict.conflict:
@@ -54,6 +58,19 @@ def regular(maker: Maker, index: int, one: RegularFile) -> int:
     if not one.flags & fdcalls.O_PATH and one.offset:
         os.lseek(fd, one.offset, os.SEEK_SET)
     return fd
+
+
+def open_regular(maker: Maker, one: RegularFile, *, what: str) -> int:
+    """Open a file that has a name."""
+    path = maker.path(one.file.path)
+    recorded = replace(one.file, uid=one.uid, gid=one.gid, mode=one.mode)
+    opener = maker.opener
+    if one.pseudo:
+        # their inodes are made as they are looked at; those of the process itself become its own with it
+        recorded = replace(recorded, inode=-1)
+        if path.startswith(f"/proc/{maker.pid}/"):
+            opener = replace(opener, theirs=None)
+    return opener.open(path, one.flags, kind=stat.S_IFREG, recorded=recorded, what=what)
 
 
 def _base_of_deleted(maker: Maker, index: int, one: RegularFile) -> int:
@@ -121,13 +138,14 @@ def _defer_mode(maker: Maker, fd: int, mode: int, uid: int, gid: int) -> None:
 
 def directory(maker: Maker, index: int, one: Directory) -> int:
     what = f"{maker.name(index)} ({one.path})"
-    fd = open_again(maker.path(one.path), one.flags, what=what)
-    if not stat.S_ISDIR(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise RestoreConflict(f"{what} is no directory any more", path=one.path)
+    fd = open_directory(maker, one, what=what)
     if one.offset and not one.flags & fdcalls.O_PATH:
         os.lseek(fd, one.offset, os.SEEK_SET)
     return fd
+
+
+def open_directory(maker: Maker, one: Directory, *, what: str) -> int:
+    return maker.opener.open(maker.path(one.path), one.flags, kind=stat.S_IFDIR, recorded=one.file, what=what)
 
 
 def same_terminal(maker_same_boot: bool, one: Device, there: os.stat_result | None) -> bool:
@@ -154,23 +172,24 @@ def device(maker: Maker, index: int, one: Device) -> int:
     path = maker.path(one.path)
     what = f"{maker.name(index)} ({one.path})"
     there = stat_or_none(path)
-    if one.terminal:
-        if not same_terminal(maker.context.same_boot, one, there):
-            if maker.options.tty != "null":
-                raise RestoreConflict(
-                    f"{maker.name(index)}: the terminal {one.path} is gone or belongs to another session",
-                    hint="Restore with --tty null to put /dev/null in its place.",
-                    path=one.path,
-                )
-            maker.warnings.append(f"{maker.name(index)}: /dev/null stands for the terminal {one.path}")
-            path = maker.path("/dev/null")
-        return open_again(path, one.flags, what=what, block=False)
-    fd = open_again(path, one.flags, what=what)
-    number = os.fstat(fd).st_rdev
-    if (os.major(number), os.minor(number)) != one.device:
-        os.close(fd)
-        raise RestoreConflict(f"{what} is not the device {one.device[0]}:{one.device[1]} it was at the dump")
-    return fd
+    if one.terminal and not same_terminal(maker.context.same_boot, one, there):
+        if maker.options.tty != "null":
+            raise RestoreConflict(
+                f"{maker.name(index)}: the terminal {one.path} is gone or belongs to another session",
+                hint="Restore with --tty null to put /dev/null in its place.",
+                path=one.path,
+            )
+        maker.warnings.append(f"{maker.name(index)}: /dev/null stands for the terminal {one.path}")
+        return open_own(maker.path("/dev/null"), one.flags, what=what, block=False)
+    return maker.opener.open(
+        path,
+        one.flags,
+        kind=stat.S_IFCHR,
+        recorded=None,
+        what=what,
+        block=not one.terminal,
+        device=one.device,
+    )
 
 
 def eventfd(one: EventFd) -> int:
@@ -233,7 +252,7 @@ def inotify(maker: Maker, index: int, one: Inotify) -> int:
             path = maker.path(watch.path)
             _next_wd(fd, watch.wd)
             try:
-                wd = inotify_calls.add_watch(fd, path, watch.mask)
+                wd = _add_watch(maker, fd, path, watch)
             except OSError as error:
                 raise RestoreConflict(
                     f"{maker.name(index)} (inotify): {watch.path} cannot be watched: {error.strerror}",
@@ -255,6 +274,15 @@ def inotify(maker: Maker, index: int, one: Inotify) -> int:
     finally:
         if not done:
             os.close(fd)
+
+
+def _add_watch(maker: Maker, fd: int, path: str, watch: InotifyWatch) -> int:
+    seen = maker.opener.look(path)
+    try:
+        maker.opener.prove(seen, path, watch.file, what=path)
+        return inotify_calls.add_watch(fd, own_path(seen), watch.mask & ~_IN_DONT_FOLLOW)
+    finally:
+        os.close(seen)
 
 
 def _next_wd(fd: int, wd: int) -> None:

@@ -7,22 +7,16 @@ nothing.  Ours are closed at the end, whatever happens.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from checkpointd.errors import RestoreConflict
-from checkpointd.linux import fcntl as fdcalls
 from checkpointd.restore.holders import Holder, find_holders
+from checkpointd.restore.reopen import Opener
 from checkpointd.state import files as state_of
 from checkpointd.state.files import ClosedSocket, FilesOptions, FilesState, PipeEnd
 
-# flags an open(2) must not repeat: they made the file, or need a descriptor in the target
-_NOT_AGAIN = os.O_CREAT | os.O_EXCL | os.O_TRUNC | fdcalls.FASYNC
 _TOLD_ONE_BY_ONE = 3
-_TMPFILE_BIT = 0o20000000  # __O_TMPFILE: O_TMPFILE without the O_DIRECTORY in it
-_SETTABLE = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
 
 
 @dataclass(frozen=True)
@@ -34,12 +28,14 @@ class FilesContext:
         content: pieces, in order, of the content that the image keeps as pages for description `index`;
             it may go beyond the end of the file, and is to have zeros for holes.
         same_boot: inode numbers of pipes and sockets and the monotonic clock still mean what they meant.
+        opener: opens paths for the process; its root is that of the options.
     """
 
     options: FilesOptions = field(default_factory=FilesOptions)
     object_fds: Mapping[int, int] = field(default_factory=dict)
     content: Callable[[int], Iterable[bytes]] = lambda index: ()
     same_boot: bool = True
+    opener: Opener = field(default_factory=Opener)
 
 
 @dataclass
@@ -89,6 +85,10 @@ class Maker:
     def path(self, path: str) -> str:
         """A path of the image as we reach it."""
         return rooted(self.options.root, own_proc_path(path, self.state.pid, self.pid))
+
+    @property
+    def opener(self) -> Opener:
+        return replace(self.context.opener, root=self.options.root)
 
     def all_warnings(self) -> list[str]:
         """The warnings, with many closed connections told as one."""
@@ -144,42 +144,6 @@ def own_proc_path(path: str, old_pid: int, new_pid: int) -> str:
         if path == old or (old.endswith("/") and path.startswith(old)):
             return f"/proc/{new_pid}" + path[len(f"/proc/{old_pid}") :]
     return path
-
-
-def open_again(path: str, flags: int, *, what: str, block: bool = True) -> int:
-    """open(2) with the status flags of an image.
-
-    Args:
-        what: the description and its path, for the error.
-        block: False opens without waiting for a peer (FIFOs, terminals) and sets the flags afterwards.
-
-    Raises:
-        RestoreConflict: it cannot be opened.
-    """
-    wanted = flags & ~_NOT_AGAIN | os.O_CLOEXEC | os.O_NOCTTY
-    if flags & _TMPFILE_BIT:
-        wanted &= ~os.O_TMPFILE
-    try:
-        fd = os.open(path, wanted if block else wanted & ~os.O_DIRECT | os.O_NONBLOCK)
-        if not block:
-            set_status(fd, flags)
-    except OSError as error:
-        raise RestoreConflict(
-            f"{what} cannot be opened: {error.strerror}",
-            hint="bring the file back where it was, readable for this user, then restore again",
-            path=path,
-        ) from error
-    return fd
-
-
-def reopen(fd: int, flags: int, *, what: str, block: bool = True) -> int:
-    """A new description of what our descriptor `fd` has open."""
-    return open_again(f"/proc/self/fd/{fd}", flags & ~os.O_NOFOLLOW, what=what, block=block)
-
-
-def set_status(fd: int, flags: int) -> None:
-    """F_SETFL, except O_ASYNC, which belongs to a descriptor of the target."""
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags & _SETTABLE)
 
 
 def write_all(fd: int, pieces: Iterable[bytes]) -> int:

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from checkpointd.linux._libc import address_of, syscall
 from checkpointd.linux.process_vm import MemFile
 from checkpointd.memory import PAGE_SIZE, PageNumbers, Runs, runs_of
 from checkpointd.restore.plan import FdKey
+from checkpointd.restore.reopen import Opener
 from checkpointd.state.memory import AddressSpace, FileIdentity, SharedObject
 
 _F_ADD_SEALS = 1033
@@ -42,12 +44,14 @@ class Objects:
     """Descriptors of ours (and attached segments) that the new process is built from.
 
     Attributes:
+        opener: opens paths for the process.
         fds: for mappings.
         object_fds: of each shared object, read and write, for whoever restores descriptors.
         shmids: of System V segments.
     """
 
     space: AddressSpace
+    opener: Opener = field(default_factory=Opener)
     fds: dict[FdKey, int] = field(default_factory=dict)
     object_fds: dict[int, int] = field(default_factory=dict)
     shmids: dict[int, int] = field(default_factory=dict)
@@ -72,7 +76,7 @@ class Objects:
                     fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
                 self.fds[key] = fd
             else:
-                self.fds[key] = open_file(self.space.files[key.number], writable=key.writable)
+                self.fds[key] = open_file(self.opener, self.space.files[key.number], writable=key.writable)
 
     def _is_needed_read_only(self, number: int) -> bool:
         return any(vma.object == number and vma.shared and "mw" not in vma.flags for vma in self.space.vmas)
@@ -226,24 +230,20 @@ def _make_memfd(one: SharedObject) -> int:
     return fd
 
 
-def open_file(identity: FileIdentity, *, writable: bool) -> int:
+def open_file(opener: Opener, identity: FileIdentity, *, writable: bool) -> int:
     """Open a mapped file again.
 
     Raises:
-        RestoreConflict: it is gone or may not be opened.
+        RestoreConflict: it is gone, may not be opened, or is no file of the process.
     """
     path = identity.path
-    try:
-        return os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError as error:
+    what = f"{path}, which the process had mapped,"
+    there = opener.stat(path)
+    if there is None:
         raise RestoreConflict(
-            f"{path}, which the process had mapped, is gone",
+            f"{what} is gone",
             hint="put the same file back (install the same version of its package), then restore again",
             path=path,
-        ) from error
-    except OSError as error:
-        raise RestoreConflict(
-            f"{path}, which the process had mapped, cannot be opened: {error.strerror}",
-            hint="make it readable (and writable, for shared mappings) for checkpointd",
-            path=path,
-        ) from error
+        )
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK
+    return opener.open(path, flags, kind=stat.S_IFREG, recorded=identity, what=what)

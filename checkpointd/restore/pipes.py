@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from checkpointd.errors import RestoreConflict
 from checkpointd.linux import fcntl as fdcalls
-from checkpointd.restore.files_maker import Maker, open_again, reopen, set_status
+from checkpointd.restore.files_maker import Maker
 from checkpointd.restore.holders import describe
+from checkpointd.restore.reopen import open_own, own_path, reopen, set_status
 from checkpointd.state.files import PipeEnd, PipeState
 
 
@@ -63,10 +64,10 @@ def end(maker: Maker, index: int, one: PipeEnd, source: Source) -> int:
     """One description of a prepared pipe."""
     what = f"{maker.name(index)} (pipe)"
     if source.path:
-        return open_again(source.path, one.flags, what=what, block=False)
+        return open_own(source.path, one.flags & ~os.O_NOFOLLOW, what=what, block=False)
     access = one.flags & os.O_ACCMODE
     if source.null and access == os.O_WRONLY:
-        return open_again(maker.path("/dev/null"), one.flags & ~os.O_DIRECT, what=what)
+        return open_own(maker.path("/dev/null"), one.flags & ~os.O_DIRECT, what=what)
     base = source.read_fd if access == os.O_RDONLY else source.write_fd
     return reopen(base, one.flags, what=what, block=False)
 
@@ -75,14 +76,13 @@ def _fifo(maker: Maker, index: int, pipe: PipeState) -> Source:
     path = maker.path(pipe.path)
     what = f"{maker.name(index)} ({pipe.path})"
     # open for both sides: waits for nobody, and both sides exist while the ends are opened
-    base = maker.keep(open_again(path, os.O_RDWR, what=what, block=False))
-    if not stat.S_ISFIFO(os.fstat(base).st_mode):
-        raise RestoreConflict(f"{what} is no FIFO any more", path=pipe.path)
+    opened = maker.opener.open(path, os.O_RDWR, kind=stat.S_IFIFO, recorded=pipe.file, what=what, block=False)
+    base = maker.keep(opened)
     if pipe.content and not fdcalls.unread_bytes(base):
         _resize(maker, index, base, pipe)
         fcntl.fcntl(base, fcntl.F_SETFL, os.O_NONBLOCK)
         _fill(base, pipe)
-    return Source(path=path)
+    return Source(path=own_path(base))
 
 
 def _resize(maker: Maker, index: int, fd: int, pipe: PipeState) -> None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal as signals_of_python
+import stat
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -43,11 +44,11 @@ from checkpointd.restore.files import FilesContext, after_credentials, check_fil
 from checkpointd.restore.fill import PageSource, fill
 from checkpointd.restore.objects import Objects, open_file
 from checkpointd.restore.plan import Step
+from checkpointd.restore.reopen import Opener
 from checkpointd.restore.spawn import ADDR_COMPAT_LAYOUT, Birth, has_time_offsets, spawn
 from checkpointd.restore.stub import WORK_BYTES, StepFailedError, Stub
 from checkpointd.restore.surroundings import schedule, set_limits, set_program, set_surroundings
 from checkpointd.state.files import FilesOptions
-from checkpointd.state.memory import FileIdentity
 from checkpointd.state.process import ImageState, ProcessState
 from checkpointd.state.threads import Credentials
 from checkpointd.target.remote import Call
@@ -137,8 +138,10 @@ class _Restorer:
         self.progress = progress
         self.warnings: list[str] = []
         self.phases: dict[str, int] = {}
-        self.objects = Objects(self.space)
         self.ours: Credentials = checks.our_credentials()
+        theirs = state.process.threads[0].credentials if state.process.threads else None
+        self.opener = Opener(theirs=theirs, ours=self.ours)
+        self.objects = Objects(self.space, self.opener)
         self.boot_id = process.boot_id()
         self._phase_started_ns = time.monotonic_ns()
 
@@ -204,8 +207,13 @@ class _Restorer:
             checks.check_ids(state, wait_s=self.options.wait_for_ids_s)
         conflicts: list[str] = []
         for what, path in (("working directory", state.cwd), ("root directory", state.root)):
-            if not os.path.isdir(path):
-                conflicts.append(f"its {what} {path} is gone")
+            try:
+                there = self.opener.stat(path)
+            except RestoreConflict as error:
+                conflicts.append(error.message)
+            else:
+                if there is None or not stat.S_ISDIR(there.st_mode):
+                    conflicts.append(f"its {what} {path} is gone")
         try:
             self.objects.open_all(plan.needs(self.space))
         except RestoreConflict as error:
@@ -218,6 +226,7 @@ class _Restorer:
                 self.options.files,
                 pid=None if not self.new_pid else -1,
                 same_boot=self.boot_id == state.host.boot_id,
+                opener=self.opener,
             )
         if conflicts:
             raise RestoreConflict(
@@ -233,8 +242,7 @@ class _Restorer:
         state = self.process
         if state.exe_deleted:
             return None
-        identity = FileIdentity(state.exe.path, state.exe.dev, state.exe.inode, 0, 0)
-        return open_file(identity, writable=False)
+        return open_file(self.opener, state.exe, writable=False)
 
     def _spawn(self, exe_fd: int | None) -> Stub:
         state = self.process
@@ -318,6 +326,7 @@ class _Restorer:
                 object_fds=self.objects.object_fds,
                 content=self.options.file_content,
                 same_boot=self.boot_id == state.host.boot_id,
+                opener=self.opener,
             )
             self.warnings += restore_files(stub, self.files, context)
             stub.reset()

@@ -15,7 +15,8 @@ from checkpointd.errors import RestoreConflict
 from checkpointd.linux import socket as sockets
 from checkpointd.linux.pidfd import pidfd_getfd
 from checkpointd.restore import holders
-from checkpointd.restore.files_maker import Maker, open_again, set_status
+from checkpointd.restore.files_maker import Maker
+from checkpointd.restore.reopen import open_own, set_status
 from checkpointd.state.files import (
     ClosedSocket,
     InetAddress,
@@ -155,7 +156,7 @@ def closed(maker: Maker, index: int, one: ClosedSocket) -> int:
     if one.family == socket.AF_UNIX and maker.descriptors(index)[0].fd <= 2:
         # a standard stream that breaks at the first word would end the program
         maker.warnings.append(f"{maker.name(index)}: /dev/null stands for the connection {one.peer}".rstrip())
-        return open_again(
+        return open_own(
             maker.path("/dev/null"), os.O_RDWR | one.flags & os.O_NONBLOCK, what=maker.name(index)
         )
     if one.family == socket.AF_UNIX:

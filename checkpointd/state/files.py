@@ -101,6 +101,7 @@ class Directory(Description):
     kind: Literal["directory"] = "directory"
     path: str
     offset: int
+    file: FileIdentity | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +183,7 @@ class InotifyWatch:
     wd: int
     path: str
     mask: int
+    file: FileIdentity | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,7 +337,7 @@ class PipeState:
 
     Attributes:
         inode: by which a process that still holds it is found, within one boot.
-        path: of a FIFO, else "".
+        path, file: of a FIFO, else "" and None.
         size_bytes: its capacity (F_GETPIPE_SZ).
         content: what waits to be read, one item per packet where the pipe is in packet mode.
         packets: it is (O_DIRECT).
@@ -352,6 +354,7 @@ class PipeState:
     packets: bool = False
     uid: int = 0
     gid: int = 0
+    file: FileIdentity | None = None
 
 
 AnyDescription = (

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass
 
 from checkpointd.memory import VmaKind
@@ -15,7 +17,8 @@ class FileIdentity:
     `path` is as seen from checkpointd's root, whatever the process's is.
 
     Restore refuses when `size`, `mtime_ns` or the build id differ (private mappings of code and data), so
-    that old pages never meet a new library.
+    that old pages never meet a new library.  Owner and permissions (None in images of before they were kept) tell
+    whether a file that took its place may be opened for the process.
     """
 
     path: str
@@ -24,6 +27,23 @@ class FileIdentity:
     size_bytes: int
     mtime_ns: int
     build_id: str = ""  # hex, ELF files only
+    uid: int | None = None
+    gid: int | None = None
+    mode: int | None = None
+
+    @classmethod
+    def of(cls, path: str, found: os.stat_result) -> FileIdentity:
+        """What stat(2) said of the file at `path`."""
+        return cls(
+            path,
+            (os.major(found.st_dev), os.minor(found.st_dev)),
+            found.st_ino,
+            found.st_size,
+            found.st_mtime_ns,
+            uid=found.st_uid,
+            gid=found.st_gid,
+            mode=stat.S_IMODE(found.st_mode),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from checkpointd.state.files import (
     SignalFd,
     TimerFd,
 )
+from checkpointd.state.memory import FileIdentity
 from checkpointd.target.files_session import CannotSaveError, OpenFd, Session
 
 _EPOLLET = 1 << 31
@@ -142,7 +143,9 @@ def inotify(session: Session, one: OpenFd) -> Inotify:
                 f"fd {one.fd} (inotify) watches inode {entry.inode} of device "
                 f"{entry.device >> 20}:{entry.device & 0xFFFFF}, whose path cannot be found; remove that watch first"
             )
-        watches.append(InotifyWatch(entry.wd, path, entry.mask & inotify_calls.WATCH_BITS))
+        there = session.stat(path)
+        identity = FileIdentity.of(path, there) if there else None
+        watches.append(InotifyWatch(entry.wd, path, entry.mask & inotify_calls.WATCH_BITS, identity))
     unread = 0
     if session.final:
         with session.borrow(one.fd) as fd:

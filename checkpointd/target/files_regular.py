@@ -75,7 +75,7 @@ def regular(
         content, same_as = _content(session, one, index, key, first_by_inode)
     return RegularFile(
         flags=one.flags,
-        file=FileIdentity(path, one.device, one.stat.st_ino, one.stat.st_size, one.stat.st_mtime_ns),
+        file=FileIdentity.of(path, one.stat),
         offset=one.info.position,
         deleted=deleted,
         content=content,
@@ -115,7 +115,9 @@ def directory(session: Session, one: OpenFd) -> Directory:
         path = one.link.removesuffix(_DELETED)
         raise CannotSaveError(f"fd {one.fd} is the deleted directory {path}; make the program close it first")
     path, _ = placed_path(session, one, session.file_system(one.info.mount_id))
-    return Directory(flags=one.flags, path=path, offset=one.info.position)
+    return Directory(
+        flags=one.flags, path=path, offset=one.info.position, file=FileIdentity.of(path, one.stat)
+    )
 
 
 def device(session: Session, one: OpenFd) -> Device:

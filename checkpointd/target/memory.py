@@ -161,13 +161,7 @@ def _identity(pid: int, vma: Vma) -> FileIdentity:
             found = os.stat(_map_files(pid, vma))
     except FileNotFoundError:
         found = os.stat(_map_files(pid, vma))
-    return FileIdentity(
-        vma.path,
-        (os.major(found.st_dev), os.minor(found.st_dev)),
-        found.st_ino,
-        found.st_size,
-        found.st_mtime_ns,
-    )
+    return FileIdentity.of(vma.path, found)
 
 
 def _map_files(pid: int, vma: Vma) -> str:

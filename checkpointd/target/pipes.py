@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from checkpointd.linux import fcntl as fdcalls
 from checkpointd.state.files import PipeState
+from checkpointd.state.memory import FileIdentity
 from checkpointd.target.files_regular import placed_path
 from checkpointd.target.files_session import CannotSaveError, OpenFd, Session
 
@@ -54,6 +55,7 @@ def pipe(session: Session, ends: Sequence[OpenFd]) -> PipeState:
         packets=packets,
         uid=one.stat.st_uid,
         gid=one.stat.st_gid,
+        file=FileIdentity.of(path, one.stat) if path else None,
     )
 
 

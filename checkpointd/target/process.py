@@ -161,13 +161,7 @@ def _exe(pid: int) -> tuple[FileIdentity, bool, bool]:
     finally:
         os.close(fd)
     deleted = found.st_nlink == 0 and path.endswith(_DELETED)
-    identity = FileIdentity(
-        path.removesuffix(_DELETED) if deleted else path,
-        (os.major(found.st_dev), os.minor(found.st_dev)),
-        found.st_ino,
-        found.st_size,
-        found.st_mtime_ns,
-    )
+    identity = FileIdentity.of(path.removesuffix(_DELETED) if deleted else path, found)
     return identity, deleted, len(head) > _EI_CLASS and head[_EI_CLASS] == _ELFCLASS64
 
 
