@@ -259,13 +259,18 @@ def test_missed_pages_are_named_and_fail_the_command(tmp_path, target):
     where = "7e0000002000 in 7e0000000000-7e00007d0000 rw-p"
     lost |= {"pages_missed": 1, "missed": [{"page": where, "why": "it is gone"}]}
     broken = tmp_path / "broken.jsonl"
-    broken.write_text("\n".join([*lines[:2], *lines[4:6], record.line(lost)]) + "\n")
+    # what is only advice is no miss of a backend's, and not what is named
+    advice = lost | {"backend": "soft-dirty bit", "advisory": True, "pages_missed": 7}
+    kept = [*lines[:2], *lines[4:6], record.line(advice), record.line(lost)]
+    broken.write_text("\n".join(kept) + "\n")
     found = House(tmp_path / "house")
     found.directory.mkdir()
     try:
         found.serve(FAKE_AGENT_RECORD=str(broken))
-        done = found.checkpoint("measure", "-p", str(target.pid))
+        taken = tmp_path / "taken.jsonl"
+        done = found.checkpoint("measure", "-p", str(target.pid), "-o", str(taken))
         assert done.returncode == 16
+        assert json.loads(taken.read_text().splitlines()[-1])["pages_missed"] == 1
         assert "MISSED PAGES" in done.stdout
         assert "uffd-wp did not report 1 pages in epoch 1" in done.stderr
         assert where in done.stderr
