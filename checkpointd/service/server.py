@@ -181,7 +181,13 @@ class Server:
         finally:
             os.umask(before)
         if self.config.group:
-            shutil.chown(path, group=self.config.group)
+            try:
+                shutil.chown(path, group=self.config.group)
+            except PermissionError as error:
+                raise NotPermitted(
+                    f"{path} cannot be given to group {self.config.group}: {error.strerror}",
+                    hint="name a group that the service's user is a member of, or run it as root",
+                ) from error
         if stat.S_IMODE(path.stat().st_mode) & 0o117:
             raise NotPermitted(
                 f"{path} got the mode {stat.S_IMODE(path.stat().st_mode):o}, not 660",
@@ -214,7 +220,7 @@ def _claim(socket_path: Path, group: str) -> int:
 
     Raises:
         Busy: another service has it.
-        NotPermitted: the directory is not ours to trust.
+        NotPermitted: the directory is not ours to trust, or `group` cannot be let into it.
     """
     directory = socket_path.parent
     if group:
@@ -225,13 +231,10 @@ def _claim(socket_path: Path, group: str) -> int:
                 f"there is no group {group!r}", hint=f"create it: groupadd --system {group}"
             ) from None
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o750)
-            directory.chmod(0o750)  # whatever the umask
-            if group:
-                shutil.chown(directory, group=group)
+        made = _make_directory(directory)
         check_private_directory(directory)
+        if group:
+            _let_in(socket_path, group, made)
         fd = os.open(f"{socket_path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise NotPermitted(
@@ -246,6 +249,75 @@ def _claim(socket_path: Path, group: str) -> int:
             f"another service is listening at {socket_path}", hint="use it, or give another --socket"
         ) from None
     return fd
+
+
+def _make_directory(directory: Path) -> bool:
+    """Make it (0750) and what is missing above it (0755), whatever the umask; was it missing?"""
+    for parent in reversed(directory.parents):
+        with contextlib.suppress(FileExistsError):
+            parent.mkdir()
+            parent.chmod(0o755)
+    try:
+        directory.mkdir(mode=0o750)
+    except FileExistsError:
+        return False
+    directory.chmod(0o750)
+    return True
+
+
+def _let_in(socket_path: Path, group: str, made: bool) -> None:
+    """Let members of `group` pass through the socket's directory.
+
+    One that was there is given to the group only if it holds nothing but this socket and what goes with it: whatever
+    else lies in it is not for us to open.
+
+    Raises:
+        NotPermitted: that cannot be done, or a directory above is closed to them.
+    """
+    directory, gid = socket_path.parent, grp.getgrnam(group).gr_gid
+    if made or not _passable(directory, gid):
+        by_hand = f"chgrp {group} {directory} && chmod 750 {directory}, or give a --socket in a directory of its own"
+        own = {
+            socket_path.name,
+            f"{socket_path.name}.lock",
+            socket_path.with_suffix(".log").name,
+        }  # the last one is autostart's
+        strangers = sorted({path.name for path in directory.iterdir()} - own)
+        if strangers:
+            raise NotPermitted(
+                f"group {group} may not enter {directory}, which holds other things too, such as {strangers[0]}",
+                hint=by_hand,
+            )
+        try:
+            os.chown(directory, -1, gid)
+            directory.chmod(0o750)
+        except PermissionError as error:
+            raise NotPermitted(
+                f"{directory} cannot be given to group {group}: {error.strerror}", hint=f"as root: {by_hand}"
+            ) from error
+    for parent in directory.parents:
+        if not _passable(parent, gid):
+            raise NotPermitted(
+                f"group {group} may not pass through {parent} to the socket",
+                hint=f"give a --socket elsewhere, e.g. in /run, or let the group pass: chmod o+x {parent}",
+            )
+
+
+def _passable(directory: Path, gid: int) -> bool:
+    """May members of the group go through?  (They may also be let through by an ACL: its mask is the group's bits.)"""
+    found = directory.stat()
+    if found.st_mode & stat.S_IXOTH and found.st_gid != gid:
+        return True
+    if not found.st_mode & stat.S_IXGRP:
+        return False
+    return found.st_gid == gid or _has_acl(directory)
+
+
+def _has_acl(directory: Path) -> bool:
+    try:
+        return "system.posix_acl_access" in os.listxattr(directory)
+    except OSError:  # a file system without
+        return False
 
 
 def _read(path: Path) -> bytes:

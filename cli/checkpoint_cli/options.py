@@ -130,11 +130,18 @@ def session_options(function: F) -> F:
     def wrapper(**values: Any) -> Any:
         names = ("quiet", "verbose", "socket", "timeout_us", "connect", "tls_cert", "tls_key", "tls_ca")
         session = Session(json=values.pop("json_"), **{name: values.pop(name) for name in names})
+        if session.connect and _is_from_environment("store"):
+            values["store"] = ""  # $CHECKPOINT_STORE is a directory here, not on the service's machine
         return function(session, **values)
 
     for option in reversed(options):
         wrapper = option(wrapper)
     return wrapper  # type: ignore[return-value]
+
+
+def _is_from_environment(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.ENVIRONMENT
 
 
 def store_option(function: F) -> F:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +119,83 @@ def test_wrong_options_exit_with_2_and_a_sentence(house, options, words):
     assert words in done.stderr
 
 
+@pytest.fixture
+def other_group():
+    """A group that is not ours, to which root may give things."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to give a directory to a group")
+    return next(found for found in grp.getgrall() if found.gr_gid not in (0, *os.getgroups()))
+
+
+@pytest.fixture
+def open_house():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users further up
+        os.chmod(folder, 0o755)
+        found = House(Path(folder))
+        yield found
+        found.close()
+
+
+def mode_and_group(path):
+    found = path.stat()
+    return stat.S_IMODE(found.st_mode), found.st_gid
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_group_gets_the_socket_and_the_way_to_it(open_house, other_group, is_there):
+    house = open_house
+    house.socket = house.directory / "above" / "run" / "s.sock"
+    house.environ["CHECKPOINT_SOCKET"] = str(house.socket)
+    if is_there:
+        house.socket.parent.mkdir(parents=True)
+        house.socket.parent.chmod(0o700)
+        Path(f"{house.socket}.lock").touch()
+    before = os.umask(0o077)
+    try:
+        if is_there:
+            house.serve("--group", other_group.gr_name)
+            house.service.terminate()
+            house.service.wait(PATIENCE_S)
+        house.serve("--group", other_group.gr_name)
+    finally:
+        os.umask(before)
+    assert mode_and_group(house.socket) == (0o660, other_group.gr_gid)
+    assert mode_and_group(house.socket.parent) == (0o750, other_group.gr_gid)
+    assert mode_and_group(house.directory / "above")[0] & 0o001
+    done = _connect_as_another_user(house, groups=[other_group.gr_gid])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_directory_with_other_things_in_it_is_not_opened_to_a_group(open_house, other_group):
+    house = open_house
+    house.socket.parent.mkdir(mode=0o700)
+    (house.socket.parent / "letters").touch()
+    done = checkpointd(house, "--group", other_group.gr_name)
+    assert done.returncode == 5, done.stderr
+    assert "letters" in done.stderr
+    assert f"chgrp {other_group.gr_name} {house.socket.parent}" in done.stderr
+    assert mode_and_group(house.socket.parent) == (0o700, 0)
+
+
+def test_a_group_that_cannot_come_near_the_socket_is_told_so(open_house, other_group):
+    house = open_house
+    house.directory.chmod(0o700)
+    done = checkpointd(house, "--group", other_group.gr_name)
+    assert done.returncode == 5, done.stderr
+    assert f"may not pass through {house.directory} " in done.stderr
+
+
+def test_a_member_of_the_group_cannot_end_root_s_service(open_house, other_group):
+    house = open_house
+    house.serve("--group", other_group.gr_name)
+    code = "sys.exit(run(['serve', '--stop']))"
+    done = _as_another_user(house, code, groups=[other_group.gr_gid])
+    assert done.returncode == 5, done.stderr
+    assert "belongs to another user" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert house.service.poll() is None
+
+
 @pytest.fixture(scope="module")
 def authority():
     return pytest.importorskip("trustme", reason="trustme is not installed").CA()
@@ -174,12 +253,20 @@ def test_a_client_without_tls_is_not(tls):
 def test_the_command_speaks_tls_too(tls, house):
     address, folder = tls
     names = ("--tls-cert", str(folder / "client.crt"), "--tls-key", str(folder / "client.key"))
-    del house.environ["CHECKPOINT_STORE"]
+    assert "CHECKPOINT_STORE" in house.environ  # which is of this machine, and not sent
     done = house.checkpoint("ls", "--connect", address, *names, "--tls-ca", str(folder / "ca.crt"))
     assert done.returncode == 0, done.stderr
     done = house.checkpoint("ls", "--connect", address, *names)
     assert done.returncode == 2
     assert "--tls-ca" in done.stderr
+    names = (*names, "--tls-ca", str(folder / "ca.crt"))
+    done = house.checkpoint("ls", "--connect", address, *names, "--store", str(folder / "elsewhere"))
+    assert done.returncode == 2
+    assert "unix socket" in done.stderr
+    done = house.checkpoint("serve", "--stop", "--connect", address, *names)
+    assert done.returncode == 2
+    assert "leave --connect out" in done.stderr
+    assert house.service.poll() is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
@@ -195,13 +282,21 @@ def test_another_user_is_told_that_the_socket_is_closed(house, tmp_path):
     assert "closed to this user" in done.stdout
 
 
-def _connect_as_another_user(house):
+def _connect_as_another_user(house, groups=()):
+    code = (
+        f"try: connect({str(house.socket)!r}, start=False)\n"
+        "except NotPermitted as error: print(error); sys.exit(5)\n"
+    )
+    return _as_another_user(house, code, groups)
+
+
+def _as_another_user(house, code, groups=()):
+    """Everything is imported before: our directories may be closed to that user."""
     code = (
         "import os, sys\nfrom checkpointd.client import connect, connection\n"
         "from checkpointd.errors import NotPermitted\n"
-        "os.setgroups([]); os.setgid(12345); os.setuid(12345)\n"
-        f"try: connect({str(house.socket)!r}, start=False)\n"
-        "except NotPermitted as error: print(error); sys.exit(5)\n"
+        "from checkpoint_cli.commands import serve\nfrom checkpoint_cli.main import run\n"
+        f"os.setgroups({list(groups)}); os.setgid(12345); os.setuid(12345)\n{code}"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=house.environ)
 
