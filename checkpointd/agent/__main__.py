@@ -171,12 +171,14 @@ class Agent:
         self._requests.put(None)
 
     def _track(self, args: TrackArgs) -> dict[str, Any]:
+        check.refuse_backend(args.backend, precise=args.precise)
         choice = self._target(args.pid).track(args.backend, precise=args.precise)
         return TrackResult(args.pid, choice.backend, choice.reason).to_dict()
 
     def _dump(self, number: int, args: DumpArgs) -> dict[str, Any]:
         files = check.files_options(args.tcp, args.external)
         check.refuse_blockers(args.pid, files)
+        check.refuse_backend(args.backend)
         dumper = self._target(args.pid)
         dumper.cancelled = lambda: self._leaving or number in self._cancelled
         deadline_ns = 0

@@ -149,6 +149,11 @@ def refuse_blockers(pid: int, options: FilesOptions) -> None:
         )
 
 
+def refuse_backend(backend: str, *, precise: bool = False) -> None:
+    """Raises what `select_backend` does about this kernel: better now than while the target stands still."""
+    select_backend(backend, features.probe(), precise=precise)
+
+
 def check(pid: int | None) -> CheckResult:
     """The kernel's and the user's abilities, and with a pid the target's."""
     items = list(_kernel_items())

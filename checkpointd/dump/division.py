@@ -30,8 +30,10 @@ from checkpointd.memory import (
 from checkpointd.state.memory import AddressSpace
 
 _LEAST_PAGES = 16_384  # 64 MiB: less is never worth a second process
-_COPY_PAGE_NS = 400  # of a stopped target, read by two threads
-_FORK_NS, _FORK_PAGE_NS = 2_000_000, 46  # 12 ms a GiB present (docs/performance.md)
+# What docs/performance.md ("What tracking costs") reckons with: 105 ms a GiB read from a stopped target by two threads;
+# 2 ms, and 12 ms a GiB present, for a fork.
+_COPY_PAGE_NS = 400
+_FORK_NS, _FORK_PAGE_NS = 2_000_000, 46
 
 
 def fork_pays(nr_dirty: int, nr_present: int) -> bool:

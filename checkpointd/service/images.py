@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from checkpointd.errors import CheckpointError, UsageError
+from checkpointd.errors import CheckpointError, ImageDamaged, UsageError
 
 if TYPE_CHECKING:
     from checkpointd.image.info import ImageInfo
@@ -177,3 +177,22 @@ def verify_image(store: Store, image_id: str, progress: Progress) -> int:
     report = store.verify(image_id, progress=progress)
     report.raise_if_damaged()
     return report.bytes_read
+
+
+def damage_found(failures: dict[str, ImageDamaged], whole: list[str]) -> ImageDamaged:
+    """One error for all damage that a look at many images found.
+
+    Args:
+        failures: of each damaged image, by its id.
+        whole: ids of the other images, oldest first.
+    """
+    nr_images = len(failures) + len(whole)
+    return ImageDamaged(
+        f"{len(failures)} of {nr_images} {'image is' if nr_images == 1 else 'images are'} damaged",
+        hint=f"restore a whole one, the newest is {whole[-1][:12]}; remove a damaged one with `checkpoint rm`"
+        if whole
+        else "no image in this store is whole: use a copy of the store",
+        problems=[error.message for error in failures.values()],
+        damaged=list(failures),
+        whole=whole,
+    )

@@ -54,7 +54,7 @@ class Operation:
         self.publish({"type": "started", "operation_id": self.id})
 
     def __str__(self) -> str:
-        what = f"pid {self.pid}" if self.pid else self.image_id[:12]
+        what = f"pid {self.pid}" if self.pid else self.image_id[:12] or "all images"
         return f"{self.kind} of {what} ({self.id})"
 
     def publish(self, event: Event) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +19,17 @@ import grpc
 from checkpointd.agent.protocol import CheckArgs, DumpArgs, MeasureArgs, RestoreArgs, TrackArgs
 from checkpointd.api.v1 import checkpoint_pb2 as pb
 from checkpointd.api.v1 import checkpoint_pb2_grpc
-from checkpointd.errors import CheckpointError, FrozenTooLong, UsageError
+from checkpointd.errors import CheckpointError, FrozenTooLong, ImageDamaged, ImageNotFound, UsageError
 from checkpointd.service import convert
 from checkpointd.service.agents import Agent, remaining_s
-from checkpointd.service.images import Stores, export_chunks, import_chunks, manifest_json, verify_image
+from checkpointd.service.images import (
+    Stores,
+    damage_found,
+    export_chunks,
+    import_chunks,
+    manifest_json,
+    verify_image,
+)
 from checkpointd.service.operations import Operation, OperationTable
 from checkpointd.service.targets import Target, TargetTable
 from checkpointd.version import VERSION
@@ -30,6 +38,9 @@ BACKENDS = ("auto", "uffd-wp", "precise-soft-dirty", "barrier-soft-dirty", "soft
 READ_MODES = ("auto", "stopped", "fork")
 TCP = ("refuse", "close")
 EXTERNAL = ("keep", "null", "refuse")
+
+TAG = re.compile(r"[\w.:+@/-]{1,128}")
+"""It is typed as tag:NAME and shown in tables; images taken in from elsewhere may have others."""
 
 MEASURE_INTERVAL_US = (10_000, 3_600_000_000)
 MEASURE_EPOCHS = 10_000
@@ -123,6 +134,11 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
             raise UsageError(
                 "the longest frozen time cannot be negative", hint="give e.g. --max-frozen 200ms"
             )
+        if request.tag and not TAG.fullmatch(request.tag):
+            raise UsageError(
+                f"{request.tag[:200]!r} cannot be a tag",
+                hint="use up to 128 letters, digits and . _ : + @ / -, e.g. --tag before-upgrade",
+            )
         path = self.stores.path(request.store, may_choose=_is_local(context))
 
         def work(operation: Operation) -> None:
@@ -198,6 +214,8 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
 
         def work(operation: Operation) -> None:
             nr_bytes = 0
+            whole: list[str] = []
+            failures: dict[str, ImageDamaged] = {}
 
             def progress(done: int, total: int) -> None:
                 operation.check_cancelled()
@@ -206,8 +224,22 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
             for image_id in image_ids:
                 operation.check_cancelled()
                 operation.publish({"type": "phase", "phase": f"verifying {image_id[:12]}"})
-                nr_bytes += verify_image(store, image_id, progress)
-            value = {"image_ids": image_ids, "bytes_checked": nr_bytes}
+                try:
+                    nr_bytes += verify_image(store, image_id, progress)
+                    whole.append(image_id)
+                except ImageDamaged as error:
+                    if request.image:
+                        error.hint = (
+                            "`checkpoint verify` without a name tells which images are whole: use one of them"
+                        )
+                        raise
+                    failures[image_id] = error  # the others are looked at all the same
+                except ImageNotFound:
+                    if request.image:
+                        raise  # else it was removed since they were listed
+            if failures:
+                raise damage_found(failures, whole)
+            value = {"image_ids": whole, "bytes_checked": nr_bytes}
             operation.publish({"type": "summary", "value": value})
 
         operation = Operation("verify", image_id=image_ids[0] if request.image else "", deadline=deadline)

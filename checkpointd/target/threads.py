@@ -249,7 +249,8 @@ def _sleep_of(
             return Sleep(known.nr, args, left)
         if sleep_call is None:
             warnings.append(
-                f"thread {tid} sleeps in a call that is not known any more: it would end with EINTR"
+                f"thread {tid} sleeps in a call that cannot be told any more: restored, that call would end with "
+                "EINTR; if the program does not take that well, dump again once the thread has woken up"
             )
             return Sleep(nr, args, lost=True)
         nr = sleep_call

@@ -12,8 +12,8 @@ Life of one dump, all on the thread that holds the freeze::
     rollback()       the dump failed: the next collect() reports all of it again
 
 `attach(frozen)` arms the first epoch; nothing is clean before the first commit.  `disarm()` gives the target
-back as it was found.  When the target replaced its address space, `collect` raises `TrackingLost` and the caller
-falls back to content (D4).
+back as it was found.  When the target replaced its address space, `collect` raises `TrackingLostError` and the caller
+compares content with the parent's digests.
 
 Shared memory, hugetlb and anything not private is no tracker's business: no tracker of one address space sees
 every writer.  It is compared by digest.

@@ -57,7 +57,7 @@ def select_backend(
         if missing:
             raise KernelLacks(
                 f"the {asked} backend cannot be used: {missing}",
-                hint="use --backend auto" if precise else "use --backend content",
+                hint="use --backend auto",
             )
         return Choice(asked, _reason(asked, features, "asked for"))
     why_not: list[str] = []

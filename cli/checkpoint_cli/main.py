@@ -24,6 +24,9 @@ COMMANDS = (
     *("status", "watch", "cancel", "serve", "completion"),
 )
 
+REASON_LISTS = ("blockers", "conflicts", "reasons", "problems")
+"""Details of an error that list all its reasons, one sentence each."""
+
 EXIT_CODES = """\b
 exit status:
    0  done
@@ -109,12 +112,16 @@ def run(arguments: list[str]) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
+        hint = _hint_of(error)
         if as_json:
+            message = error.format_message()
             _print_error_json(
-                {"reason": "USAGE", "message": error.format_message(), "exit_code": error.exit_code}
+                {"reason": "USAGE", "message": message, "hint": hint, "exit_code": error.exit_code}
             )
         else:
             error.show()
+            if hint:
+                click.echo(f"  {hint}", err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 130
@@ -126,16 +133,24 @@ def run(arguments: list[str]) -> int:
         return int(error.details.get("exit_status", error.exit_code))
 
 
+def _hint_of(error: click.ClickException) -> str:
+    """What to do next where click's own words do not say it."""
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None and error.ctx.parent is None:
+        return f"options follow the command: checkpoint COMMAND {error.option_name} ..."
+    return ""
+
+
 def report(error: CheckpointError, *, as_json: bool) -> None:
     """Say what failed, and what to do next, on stderr."""
     if as_json:
         _print_error_json(error.to_dict())
         return
     click.echo(f"checkpoint: {error.message}", err=True)
-    for blocker in error.details.get("blockers", ()):
-        click.echo(f"  - {blocker}", err=True)
-    if error.details.get("blockers_left_out"):
-        click.echo(f"  - and {error.details['blockers_left_out']} more", err=True)
+    for name in REASON_LISTS:
+        for reason in error.details.get(name, ()):
+            click.echo(f"  - {reason}", err=True)
+        if error.details.get(f"{name}_left_out"):
+            click.echo(f"  - and {error.details[f'{name}_left_out']} more", err=True)
     if error.hint:
         click.echo(f"  {error.hint}", err=True)
 

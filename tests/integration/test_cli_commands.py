@@ -125,6 +125,7 @@ def test_check_says_what_is_in_the_way(house, target):
         (["dump", "-p", "TARGET", "--tag", "exec"], 4, "replaced its program"),
         (["dump", "-p", "TARGET", "--tag", "blocked"], 7, "cannot be saved"),
         (["dump", "-p", "TARGET", "--tag", "die"], 1, "killed by SIGKILL"),
+        (["dump", "-p", "TARGET", "--tag", "two\nlines"], 2, "cannot be a tag"),
         (["dump", "-p", "TARGET", "--compress", "lzma"], 2, "compression"),
         (["dump", "-p", "TARGET", "--tag", "wait", "--timeout", "1500ms"], 14, "deadline"),
         (["untrack", "-p", "TARGET"], 2, "not tracked"),

@@ -270,6 +270,33 @@ def test_a_damaged_image_is_found(client, target, tmp_path):
             list(client.verify(ref, store=str(store)))
 
 
+def test_all_images_are_looked_at_and_the_damaged_ones_named(house, client, target, tmp_path):
+    store = tmp_path / "store"
+    ids = []
+    for _ in range(4):
+        before = set((store / "packs").iterdir()) if ids else set()
+        ids.append(list(client.dump(target, store=str(store), compress="none"))[-1]["image_id"])
+        (pack,) = set((store / "packs").iterdir()) - before
+        if len(ids) in (1, 3):
+            data = bytearray(pack.read_bytes())
+            data[len(data) // 3] ^= 1
+            pack.chmod(0o600)
+            pack.write_bytes(data)
+    with pytest.raises(errors.ImageDamaged, match="2 of 4 images are damaged") as caught:
+        list(client.verify(store=str(store)))
+    details = caught.value.details
+    assert (details["damaged"], details["whole"]) == ([ids[0], ids[2]], [ids[1], ids[3]])
+    assert all(
+        image_id[:12] in problem for image_id, problem in zip(ids[::2], details["problems"], strict=True)
+    )
+    assert ids[3][:12] in caught.value.hint
+    for words, whole, damaged in (((), ids[1::2], ids[::2]), (ids, ids[1::2], ids[::2])):
+        done = house.checkpoint("verify", *words, "--store", str(store))
+        assert done.returncode == 12
+        assert len([line for line in done.stdout.splitlines() if "whole" in line]) == len(whole)
+        assert all(image_id[:12] in done.stderr for image_id in damaged)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

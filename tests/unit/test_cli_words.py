@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
-from checkpoint_cli.main import COMMANDS, EXIT_CODES, cli, run
+from checkpoint_cli.main import COMMANDS, EXIT_CODES, cli, report, run
 from checkpoint_cli.options import DURATION
 from checkpoint_cli.output import duration, size
 
@@ -54,6 +56,7 @@ def test_every_exit_code_is_in_the_help(capsys):
     ("words", "sentence"),
     [
         (["dmp"], "Did you mean 'dump'?"),
+        (["--store", "x", "ls"], "options follow the command: checkpoint COMMAND --store"),
         (["dump"], "Missing option"),
         (["dump", "-p", "x"], "not a valid integer"),
         (["dump", "-p", "1", "--backend", "magic"], "is not one of"),
@@ -71,6 +74,31 @@ def test_wrong_words_exit_with_2_and_a_sentence(words, sentence, capsys):
 def test_wrong_words_are_json_when_json_was_asked_for(capsys):
     assert run(["dump", "--json"]) == 2
     assert '"message_type": "error"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.Unsupported("no", hint="what next", blockers=["one", "two"], blockers_left_out=7),
+        errors.RestoreConflict("no", hint="what next", conflicts=["one", "two"], conflicts_left_out=7),
+        errors.NotPermitted("no", hint="what next", reasons=["one", "two"], reasons_left_out=7),
+        errors.ImageDamaged("no", hint="what next", problems=["one", "two"], problems_left_out=7),
+    ],
+)
+def test_all_reasons_are_told(error, capsys):
+    report(error, as_json=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["checkpoint: no", "  - one", "  - two", "  - and 7 more", "  what next"]
+
+
+def test_a_written_report_is_private(tmp_path):
+    record = Path(__file__).parent.parent / "data" / "measurement-v1.jsonl"
+    before = os.umask(0o022)
+    try:
+        assert run(["report", str(record), "-o", str(tmp_path / "out.csv"), "-q"]) == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out.csv").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

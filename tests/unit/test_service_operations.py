@@ -139,3 +139,9 @@ def test_old_operations_are_forgotten_and_running_ones_never():
     assert table.find(running.id) is running
     gate.set()
     assert running.wait(30)
+
+
+def test_an_operation_says_what_it_is_about():
+    assert str(Operation("dump", pid=7)).startswith("dump of pid 7 (op-")
+    assert str(Operation("verify", image_id="0123456789abcdef")).startswith("verify of 0123456789ab (op-")
+    assert str(Operation("verify")).startswith("verify of all images (op-")

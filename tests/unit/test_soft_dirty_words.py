@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 from kernel_shim import probe
 
+from checkpointd.agent import check
+from checkpointd.agent.__main__ import Agent
+from checkpointd.agent.protocol import Channel, DumpArgs, TrackArgs
 from checkpointd.errors import KernelLacks, UsageError
 from checkpointd.features import Features
 from checkpointd.linux import pagemap_scan as ps
@@ -123,6 +127,33 @@ def test_precise_is_patched_or_emulated_or_refused_with_the_reason() -> None:
         select_backend("auto", features(uffd=True), precise=True)
     with pytest.raises(UsageError, match="does not go with"):
         select_backend("uffd-wp", everything, precise=True)
+
+
+def test_a_backend_the_kernel_lacks_is_refused_with_the_way_out() -> None:
+    with pytest.raises(
+        KernelLacks, match="the soft-dirty backend cannot be used: soft_dirty is missing"
+    ) as caught:
+        select_backend("soft-dirty", features(uffd=True))
+    assert caught.value.hint == "use --backend auto"
+
+
+def test_an_agent_refuses_such_a_backend_before_it_looks_at_a_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def touched(*_: object, **__: object) -> None:
+        raise AssertionError("the target was touched")
+
+    monkeypatch.setattr(check.features, "probe", lambda: features())
+    monkeypatch.setattr(check, "refuse_blockers", lambda *_: None)
+    agent = Agent(Channel(socket.socketpair()[0]))
+    monkeypatch.setattr(agent, "_target", touched)
+    for op, args in (
+        ("dump", DumpArgs(pid=1, store="/nowhere", backend="soft-dirty")),
+        ("track", TrackArgs(pid=1, backend="soft-dirty")),
+        ("track", TrackArgs(pid=1, precise=True)),
+    ):
+        with pytest.raises(KernelLacks):
+            agent._operate(1, op, args.to_dict())
 
 
 def test_plain_soft_dirty_asked_for_says_what_it_is_worth() -> None:

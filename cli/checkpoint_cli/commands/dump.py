@@ -38,7 +38,12 @@ example:
     "--max-frozen", type=DURATION, default=0, help="Give up rather than freeze it longer, e.g. 200ms."
 )
 @click.option("--compress", default="", metavar="HOW", help="zstd, zstd:LEVEL or none.")
-@click.option("--tag", default="", metavar="NAME", help="Name for the image; tag:NAME finds it.")
+@click.option(
+    "--tag",
+    default="",
+    metavar="NAME",
+    help="Name for the image; tag:NAME finds it. Letters, digits and ._:+@/-.",
+)
 @click.option(
     "--read-mode", type=click.Choice(["auto", "stopped", "fork"]), default="auto", help="How memory is read."
 )

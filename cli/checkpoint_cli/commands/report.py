@@ -57,7 +57,9 @@ def command(session: Session, file: Path, output: str, form: str | None, force: 
         click.echo(text, nl=False)
         return
     try:
-        with Path(output).open("w" if force else "x", encoding="utf-8") as out:
+        # what a record says of a process is not everybody's business
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if force else os.O_EXCL)
+        with os.fdopen(os.open(output, flags, 0o600), "w", encoding="utf-8") as out:
             out.write(text)
     except FileExistsError:
         raise UsageError(f"{output} exists already", hint="choose another name, or give --force") from None

@@ -7,7 +7,8 @@ import click
 
 from checkpoint_cli.follow import follow
 from checkpoint_cli.options import IMAGE_HELP, Session, complete_image, session_options, store_option
-from checkpoint_cli.output import counted, size
+from checkpoint_cli.output import counted, short_id, size
+from checkpointd.errors import ImageDamaged
 
 
 @click.command(
@@ -21,11 +22,26 @@ from checkpoint_cli.output import counted, size
 @store_option
 @session_options
 def command(session: Session, images: tuple[str, ...], store: str) -> None:
+    failures: list[ImageDamaged] = []
     with session.client() as client:
         for image in images or ("",):
             what = f"verify of {image or 'all images'}"
-            summary = follow(session, client, client.verify(image, store=store), what)
+            try:
+                summary = follow(session, client, client.verify(image, store=store), what)
+            except ImageDamaged as error:
+                for image_id in error.details.get("whole", ()):
+                    session.say(f"image {short_id(image_id)} is whole")
+                failures.append(error)  # the other ones are looked at all the same
+                continue
             session.say(
                 f"{counted(len(summary['image_ids']), 'image')} whole, "
                 f"{size(summary['bytes_checked'])} checked"
             )
+    if len(failures) > 1:
+        raise ImageDamaged(
+            f"{len(failures)} of {len(images)} images are damaged",
+            hint=failures[0].hint,
+            problems=[error.message for error in failures],
+        )
+    if failures:
+        raise failures[0]
