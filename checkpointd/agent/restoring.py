@@ -15,6 +15,8 @@ from checkpointd.errors import CheckpointError, ImageDamaged, RestoreConflict
 from checkpointd.image.reader import Image
 from checkpointd.image.store import Store
 from checkpointd.memory import FILE_CONTENT_OBJECTS, PAGE_SIZE
+from checkpointd.procfs import process
+from checkpointd.procfs.process import ProcessIdentity
 from checkpointd.restore.restorer import RestoreOptions, restore_process
 from checkpointd.restore.stub import Stub
 from checkpointd.state import codec
@@ -43,8 +45,11 @@ def restore(args: RestoreArgs, report: Report) -> tuple[RestoreStats, Dumper | N
     tracking = ""
     warnings: list[str] = []
 
+    identity: ProcessIdentity | None = None
+
     def arm(stub: Stub) -> None:
-        nonlocal dumper, tracking
+        nonlocal dumper, tracking, identity
+        identity = process.identity(stub.pid)
         if args.track_backend == "none":
             return
         made = Dumper(stub.pid)
@@ -73,6 +78,10 @@ def restore(args: RestoreArgs, report: Report) -> tuple[RestoreStats, Dumper | N
         raise
     if dumper is not None:
         dumper.sleeps = done.sleeps
+    if identity is not None:
+        # for dumps by others than this agent; a store that cannot be written to takes no dumps anyway
+        with contextlib.suppress(CheckpointError):
+            store.note_restored(identity.pid, identity.start_time, identity.boot_id, image.id)
     stats = RestoreStats(
         image_id=image.id,
         pid=done.pid,

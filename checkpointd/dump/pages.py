@@ -158,7 +158,7 @@ class PageWorker:
         self._ask("begin", store, parent, compress, expected_pages)
 
     def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
-        """The id of the newest image of that very process; "" when there is none."""
+        """See `Store.latest_of`."""
         self._revive()
         found: str = self._ask("latest_of", store, pid, start_time, boot_id)
         return found
@@ -360,11 +360,7 @@ class _Server:
         self._room().touch(expected_pages * PAGE_SIZE, self._pool)
 
     def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
-        wanted = (pid, start_time, boot_id)
-        for info in reversed(self._open(store).images()):
-            if (info.pid, info.start_time, info.boot_id) == wanted and not info.damaged:
-                return info.id
-        return ""
+        return self._open(store).latest_of(pid, start_time, boot_id)
 
     def _open(self, store: str) -> Store:
         if self._store is None or self._store_path != store:

@@ -10,6 +10,7 @@
       packs/ID.pack       page data, shared by all images that refer to it; ID covers its tables
       tmp/NAME/           one builder at work: `lock` (held by it), its packs, `parent.img` (a hard link: pins
                           the packs of the parent while the builder may refer to them)
+      restored/NAME       which image a restored process came from (image/restored.py)
 
 All files are 0600 and owned by the store's owner.  The exclusive lock is held for milliseconds: never while pages
 are read, compressed or synced.  A reader that has opened an image keeps its files open, so removal does not
@@ -53,6 +54,7 @@ from checkpointd.image.info import ImageInfo, info_from_meta
 from checkpointd.image.layout import CONFIG, check_owner, make_store, read_config
 from checkpointd.image.pack import PackReader
 from checkpointd.image.reader import Image, pread_all
+from checkpointd.image.restored import read_note, write_note
 
 if TYPE_CHECKING:
     from checkpointd.image.verify import VerifyReport
@@ -208,6 +210,28 @@ class Store:
             older = sum(1 for other in good if other[1] <= pair[1])
             good.insert(older, pair)
         return [info for info, _ in good]
+
+    def latest_of(self, pid: int, start_time: int, boot_id: str) -> str:
+        """The id of the newest whole image of that very process, else of the one it was restored from; "" for none."""
+        wanted = (pid, start_time, boot_id)
+        origin = read_note(self._root_fd, *wanted)
+        found = ""
+        for info in self.images():
+            if not info.damaged:
+                if (info.pid, info.start_time, info.boot_id) == wanted:
+                    found = info.id
+                elif info.id == origin and not found:
+                    found = origin
+        return found
+
+    def note_restored(self, pid: int, start_time: int, boot_id: str, image_id: str) -> None:
+        """Remember for `latest_of` that this process came from `image_id`.
+
+        Raises:
+            NotPermitted, NoSpace.
+        """
+        with files.translated(f"{self.path}/restored"):
+            write_note(self._root_fd, pid, start_time, boot_id, image_id)
 
     def info(self, image_id: str) -> ImageInfo:
         """What `images` says of one image.

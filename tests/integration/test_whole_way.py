@@ -114,6 +114,26 @@ def test_any_generation_comes_back_and_the_chain_goes_on(run_checkpoint, program
     program.wait_for_steps(5)
 
 
+def test_a_restored_process_has_its_parent_after_the_service_was_restarted(run_checkpoint, program):
+    _, first = run_checkpoint("dump", "--kill", "-p", str(program.pid))
+    program.process.wait(timeout=30)
+    run_checkpoint("restore", first["image_id"])
+    program.wait_for_steps(3)
+    run_checkpoint("serve", "--stop")
+    _, second = run_checkpoint("dump", "--incremental", "-p", str(program.pid))
+    assert second["parent_id"] == first["image_id"]
+    assert second["pages_same"] > second["pages_written"]  # nobody tracked it since: compared by content
+    assert not any("first generation" in warning for warning in second["warnings"])
+    program.wait_for_steps(3)
+    run_checkpoint("serve", "--stop")
+    _, third = run_checkpoint("dump", "--incremental", "-p", str(program.pid))
+    assert third["parent_id"] == second["image_id"]  # its own image comes before the one it was restored from
+
+    os.kill(program.pid, signal.SIGKILL)
+    run_checkpoint("restore", second["image_id"])  # which proves by itself that its memory is right
+    program.wait_for_steps(5)
+
+
 def test_dump_kill_ends_the_target_only_after_the_image_is_safe(run_checkpoint, program):
     _, made = run_checkpoint("dump", "--kill", "-p", str(program.pid))
     assert program.process.wait(timeout=30) == -signal.SIGKILL

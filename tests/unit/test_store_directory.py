@@ -240,3 +240,41 @@ def test_meta_must_be_json_and_of_sane_size(store):
     info = commit(store, cmdline=["a", "ü\n"], extra={"deep": [1, None]})
     assert store.load(info.id).meta["extra"] == {"deep": [1, None]}
     assert info.cmdline == "a ü\n"
+
+
+BOOT = "0b7c4fbe-0000-4000-8000-000000000000"
+
+
+def test_the_newest_image_of_a_process_or_the_one_it_was_restored_from(store):
+    me = {"pid": 7, "start_time": 100, "boot_id": BOOT}
+    assert store.latest_of(**me) == ""
+    origin = commit(store, pid=7, start_time=50, boot_id=BOOT)
+    assert store.latest_of(**me) == ""
+    store.note_restored(**me, image_id=origin.id)
+    assert Store.open(store.path).latest_of(**me) == origin.id
+    assert store.latest_of(7, 101, BOOT) == store.latest_of(7, 100, BOOT.replace("b", "c")) == ""
+    own = [commit(store, fill=fill, pid=7, start_time=100, boot_id=BOOT).id for fill in (2, 3)]
+    commit(store, fill=4, pid=8, start_time=100, boot_id=BOOT)
+    assert store.latest_of(**me) == own[-1]
+    store.remove(own[-1])
+    store.remove(own[0])
+    assert store.latest_of(**me) == origin.id
+    store.remove(origin.id)
+    assert store.latest_of(**me) == ""
+
+
+def test_notes_of_processes_that_cannot_be_any_more_go(store):
+    image = commit(store).id
+    folder = f"{store.path}/restored"
+    store.note_restored(7, 100, "another-boot", image)
+    store.note_restored(7, 100, BOOT, image)
+    store.note_restored(70, 100, BOOT, image)
+    store.note_restored(7, 200, BOOT, image)
+    store.note_restored(7, 200, BOOT, image)  # told twice
+    assert sorted(os.listdir(folder)) == [f"{BOOT}.7.200", f"{BOOT}.70.100"]
+    assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+
+
+def test_a_note_that_names_no_image_is_nobody_s_parent(store):
+    store.note_restored(7, 100, BOOT, "../../../etc/passwd")
+    assert store.latest_of(7, 100, BOOT) == ""
