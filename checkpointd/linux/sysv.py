@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpointd.linux._libc import syscall
 from checkpointd.linux.arch import Nr
@@ -51,10 +52,22 @@ def set_owner(shmid: int, uid: int, gid: int, mode: int) -> None:
     syscall(Nr.SHMCTL, shmid, IPC_SET, buffer, name="shmctl(IPC_SET)")
 
 
-def segments() -> dict[int, tuple[int, int, int]]:
-    """shmid -> (key, permissions with SHM_DEST, size), by /proc/sysvipc/shm."""
+class Segment(NamedTuple):
+    """A line of /proc/sysvipc/shm; `mode` with SHM_DEST."""
+
+    key: int
+    mode: int
+    size_bytes: int
+    uid: int
+    gid: int
+
+
+def segments() -> dict[int, Segment]:
+    """All segments of our namespace, by id.  Source: proc_sysvipc(5)."""
     found = {}
     for line in Path("/proc/sysvipc/shm").read_text(encoding="ascii").splitlines()[1:]:
         field = line.split()
-        found[int(field[1])] = (int(field[0]), int(field[2], 8), int(field[3]))
+        found[int(field[1])] = Segment(
+            int(field[0]), int(field[2], 8), int(field[3]), int(field[7]), int(field[8])
+        )
     return found

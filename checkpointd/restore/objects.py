@@ -15,8 +15,9 @@ import fcntl
 import mmap
 import os
 import stat
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from checkpointd.errors import RestoreConflict
 from checkpointd.linux import sysv
 from checkpointd.linux._libc import address_of, syscall
 from checkpointd.linux.process_vm import MemFile
+from checkpointd.linux.statfs import TMPFS_MAGIC, file_system_magic
 from checkpointd.memory import PAGE_SIZE, PageNumbers, Runs, runs_of
 from checkpointd.restore.plan import FdKey
 from checkpointd.restore.reopen import Opener
@@ -58,14 +60,38 @@ class Objects:
     warnings: list[str] = field(default_factory=list)
     _segments: dict[int, int] = field(default_factory=dict)  # object -> our address
     _new_segments: list[int] = field(default_factory=list)
-    _made_files: list[str] = field(default_factory=list)
+    _made_files: list[tuple[int, str]] = field(default_factory=list)
     _existed: set[int] = field(default_factory=set)
 
-    def open_all(self, keys: Iterable[FdKey]) -> None:
-        """Open and make everything.
+    def check(self, keys: Iterable[FdKey], *, allow_changes: bool) -> list[str]:
+        """Open what is there already, and change nothing.
+
+        Returns:
+            What stands in the way, one sentence each.
+        """
+        conflicts: list[str] = []
+        for one in self.space.objects:
+            try:
+                if one.flavour == "sysv":
+                    conflicts += self._find_segment(one, allow_changes)
+                elif one.flavour == "tmpfs" and not one.deleted:
+                    conflicts += self._find_tmpfs_file(one, allow_changes)
+            except RestoreConflict as conflict:
+                conflicts.append(conflict.message)
+        for key in keys:
+            if not key.is_object:
+                try:
+                    file = self.space.files[key.number]
+                    self.fds[key] = open_file(self.opener, file, writable=key.writable)
+                except RestoreConflict as conflict:
+                    conflicts.append(conflict.message)
+        return conflicts
+
+    def make(self, keys: Iterable[FdKey]) -> None:
+        """Make what is not there, after `check`.  What is there is not changed before `empty`.
 
         Raises:
-            RestoreConflict: a file is gone or cannot be opened, an object cannot be made.
+            RestoreConflict: an object cannot be made.
         """
         for one in self.space.objects:
             self._make(one)
@@ -75,8 +101,6 @@ class Objects:
                 if not key.writable and self._is_needed_read_only(key.number):
                     fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
                 self.fds[key] = fd
-            else:
-                self.fds[key] = open_file(self.opener, self.space.files[key.number], writable=key.writable)
 
     def _is_needed_read_only(self, number: int) -> bool:
         return any(vma.object == number and vma.shared and "mw" not in vma.flags for vma in self.space.vmas)
@@ -90,7 +114,8 @@ class Objects:
             elif one.flavour == "anon":
                 self.object_fds[one.id] = self._make_anonymous(one)
             elif one.flavour == "tmpfs" and not one.deleted:
-                self.object_fds[one.id] = self._make_tmpfs_file(one)
+                if one.id not in self.object_fds:
+                    self.object_fds[one.id] = self._make_tmpfs_file(one)
             else:
                 self.object_fds[one.id] = _make_memfd(one)
         except OSError as error:
@@ -114,23 +139,90 @@ class Objects:
         finally:
             area.close()
 
+    def _find_tmpfs_file(self, one: SharedObject, allow_changes: bool) -> list[str]:
+        what = f"shared memory {one.name}"
+        there = self.opener.stat(one.name)
+        if there is None:
+            parent = os.path.dirname(one.name)
+            try:
+                os.close(self._look_at_tmpfs(parent))
+            except OSError as error:
+                return [f"the directory of {what} cannot be opened: {error.strerror}"]
+            return []
+        recorded = FileIdentity(one.name, one.dev, one.inode, one.size_bytes, one.mtime_ns or 0)
+        if one.mtime_ns is not None:
+            recorded = replace(recorded, uid=one.uid, gid=one.gid, mode=stat.S_IMODE(one.mode))
+        fd = self.opener.open(one.name, os.O_RDWR, kind=stat.S_IFREG, recorded=recorded, what=what)
+        self.object_fds[one.id] = fd
+        self._existed.add(one.id)
+        if file_system_magic(fd) != TMPFS_MAGIC:
+            return [f"{what} is on no tmpfs any more"]
+        if there.st_size != one.size_bytes:
+            return self._changed(
+                f"{what} has {there.st_size} bytes instead of {one.size_bytes}", allow_changes
+            )
+        if one.mtime_ns is not None and there.st_mtime_ns != one.mtime_ns:
+            return self._changed(f"{what} was written since the dump", allow_changes)
+        return []
+
+    def _changed(self, sentence: str, allow_changes: bool) -> list[str]:
+        if allow_changes:
+            self.warnings.append(f"{sentence}; overwritten from the image, as asked")
+            return []
+        return [f"{sentence}; bring back what was there, or restore with --changed allow"]
+
+    def _look_at_tmpfs(self, directory: str) -> int:
+        """A descriptor (O_PATH) of a directory on a tmpfs."""
+        fd = self.opener.look(directory)
+        if file_system_magic(fd) == TMPFS_MAGIC:
+            return fd
+        os.close(fd)
+        raise RestoreConflict(
+            f"{directory}, where shared memory was, is on no tmpfs any more", path=directory
+        )
+
     def _make_tmpfs_file(self, one: SharedObject) -> int:
+        directory, name = self._look_at_tmpfs(os.path.dirname(one.name)), os.path.basename(one.name)
         try:
-            fd = os.open(one.name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            self._existed.add(one.id)
-        except FileNotFoundError:
-            fd = os.open(one.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, one.mode & 0o7777)
-            self._made_files.append(one.name)
-            self.warnings.append(f"{one.name} was gone: made again from the image")
-        if os.fstat(fd).st_size != one.size_bytes:
-            os.ftruncate(fd, one.size_bytes)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(name, flags, 0o600, dir_fd=directory)
+        except OSError:
+            os.close(directory)
+            raise
+        self._made_files.append((directory, name))
+        self.warnings.append(f"{one.name} was gone: made again from the image")
+        if one.mtime_ns is not None:
+            with contextlib.suppress(PermissionError):
+                os.fchown(fd, one.uid, one.gid)
+            os.fchmod(fd, stat.S_IMODE(one.mode))
+        os.ftruncate(fd, one.size_bytes)
         return fd
 
-    def _make_segment(self, one: SharedObject) -> None:
-        there = sysv.segments().get(one.inode)
-        if there is not None and there[0] == one.key and there[2] == one.size_bytes:
-            shmid = one.inode
+    def _find_segment(self, one: SharedObject, allow_changes: bool) -> list[str]:
+        """A segment of the same id, key and size is taken for the same: the kernel keeps no time of writing."""
+        all_segments = sysv.segments()
+        there = all_segments.get(one.inode)
+        what = f"System V segment {one.inode}"
+        if there is not None and (there.key, there.size_bytes) == (one.key, one.size_bytes):
             self._existed.add(one.id)
+            owner = (there.uid, there.gid, there.mode & 0o777)
+            if owner == (one.uid, one.gid, one.mode & 0o777):
+                return []
+            return self._changed(
+                f"{what} has another owner or other permissions than at the dump",
+                allow_changes and not self.opener.is_guarding,
+            )
+        for shmid, other in all_segments.items():
+            if one.key and other.key == one.key:
+                return [
+                    f"the key {one.key:#x} of {what} ({one.size_bytes} bytes) belongs to segment {shmid} "
+                    f"({other.size_bytes} bytes) now; remove that with ipcrm"
+                ]
+        return []
+
+    def _make_segment(self, one: SharedObject) -> None:
+        if one.id in self._existed:
+            shmid = one.inode
         else:
             shmid = sysv.create(one.key, one.size_bytes, one.mode, one.inode)
             self._new_segments.append(shmid)
@@ -178,6 +270,8 @@ class Objects:
             return
         size = next(one.size_bytes for one in self.space.objects if one.id == number)
         if number in self.object_fds:
+            if os.fstat(self.object_fds[number]).st_size != size:
+                os.ftruncate(self.object_fds[number], size)
             # not by truncation: others who map it would get SIGBUS
             flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
             syscall(_NR_FALLOCATE, self.object_fds[number], flags, 0, size, name="fallocate")
@@ -189,8 +283,11 @@ class Objects:
     # ---- the end
 
     def seal(self) -> None:
-        """Add seals and remove what was removed: when all is mapped and filled."""
+        """Add seals, give back times, and remove what was removed: when all is mapped and filled."""
         for one in self.space.objects:
+            if one.flavour == "tmpfs" and not one.deleted and one.mtime_ns is not None:
+                # so that the next restore of the image finds it unchanged
+                os.utime(self.object_fds[one.id], ns=(time.time_ns(), one.mtime_ns))
             if one.flavour == "memfd" and one.seals & ~_F_SEAL_EXEC not in (0, _F_SEAL_SEAL):
                 fcntl.fcntl(self.object_fds[one.id], _F_ADD_SEALS, one.seals)
             elif (
@@ -210,9 +307,12 @@ class Objects:
             for shmid in self._new_segments:
                 with contextlib.suppress(OSError):
                     sysv.remove(shmid)
-            for path in self._made_files:
+            for directory, name in self._made_files:
                 with contextlib.suppress(OSError):
-                    os.unlink(path)
+                    os.unlink(name, dir_fd=directory)
+        for directory, _ in self._made_files:
+            os.close(directory)
+        self._made_files = []
         self.fds, self.object_fds, self._segments = {}, {}, {}
 
 

@@ -132,6 +132,11 @@ class Opener:
                 f"{what} cannot be opened: {os.strerror(error.errno or 0)}", hint=_PUT_BACK, path=path
             ) from error
 
+    @property
+    def is_guarding(self) -> bool:
+        """Have we rights that the process has not?"""
+        return self.theirs is not None and self.ours is not None and has_more_rights(self.ours, self.theirs)
+
     def prove(self, seen: int, path: str, recorded: FileIdentity | None, *, what: str) -> None:
         """May the process have to do with what `look` found, as if it had opened it for reading?
 
@@ -174,7 +179,7 @@ class Opener:
             )
 
     def _is_theirs(self, there: os.stat_result, recorded: FileIdentity | None) -> bool:
-        if self.theirs is None or self.ours is None or not has_more_rights(self.ours, self.theirs):
+        if not self.is_guarding:
             return True
         return recorded is not None and is_recorded(there, recorded)
 

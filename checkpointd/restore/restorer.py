@@ -214,11 +214,9 @@ class _Restorer:
             else:
                 if there is None or not stat.S_ISDIR(there.st_mode):
                     conflicts.append(f"its {what} {path} is gone")
-        try:
-            self.objects.open_all(plan.needs(self.space))
-        except RestoreConflict as error:
-            conflicts.append(error.message)
-        if self.options.files.changed == "refuse":
+        allow_changes = self.options.files.changed == "allow"
+        conflicts += self.objects.check(plan.needs(self.space), allow_changes=allow_changes)
+        if not allow_changes:
             conflicts += checks.file_conflicts(self.space, self.objects.fds)
         if self.files is not None:
             conflicts += check_files(
@@ -235,6 +233,7 @@ class _Restorer:
                 "restore again",
                 conflicts=conflicts,
             )
+        self.objects.make(plan.needs(self.space))
         self.warnings += state.warnings
         self._mark("check")
 

@@ -82,7 +82,9 @@ class SharedObject:
         dev, inode: identity at dump time; file descriptors of the same inode refer to the same object.
         size_bytes: of the whole object.
         seals: F_SEAL_* of a memfd.
-        key, mode, uid, gid: of a System V segment.
+        key: of a System V segment.
+        mode, uid, gid: of a segment, and of a file on a tmpfs where `mtime_ns` is known.
+        mtime_ns: of a file on a tmpfs; None in images of before it was kept.
     """
 
     id: int
@@ -98,6 +100,7 @@ class SharedObject:
     gid: int = 0
     deleted: bool = False
     hugetlb: bool = False
+    mtime_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

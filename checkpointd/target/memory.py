@@ -13,6 +13,7 @@ import fcntl
 import functools
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -238,12 +239,14 @@ class _Objects:
         size_bytes, seals = 0, 0
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            size_bytes = os.fstat(fd).st_size
+            found = os.fstat(fd)
+            size_bytes = found.st_size
             if flavour == "memfd":
                 seals = fcntl.fcntl(fd, F_GET_SEALS)
         finally:
             os.close(fd)
         sysv = self._sysv_segment(key.inode) if flavour == "sysv" else (0, 0o600, 0, 0)
+        is_named = flavour == "tmpfs"
         self.sources.append(
             SharedSource(
                 SharedObject(
@@ -255,11 +258,12 @@ class _Objects:
                     size_bytes=size_bytes,
                     seals=seals,
                     key=sysv[0],
-                    mode=sysv[1],
-                    uid=sysv[2],
-                    gid=sysv[3],
+                    mode=stat.S_IMODE(found.st_mode) if is_named else sysv[1],
+                    uid=found.st_uid if is_named else sysv[2],
+                    gid=found.st_gid if is_named else sysv[3],
                     deleted=deleted,
                     hugetlb=hugetlb,
+                    mtime_ns=found.st_mtime_ns if is_named else None,
                 ),
                 path,
             )
