@@ -161,6 +161,6 @@ def _check_unix(maker: Maker, one: state_of.UnixSocket) -> list[str]:
         if who := holders.unix_name_holder(b"\0" + one.abstract):
             return [f"the UNIX name @{os.fsdecode(one.abstract)} is in use by {who}; stop it first"]
     elif one.file is not None and not one.file.deleted and one.state != "connected":
-        problem = socket_path_conflict(maker.path(one.file.path), one.file)
+        problem = socket_path_conflict(maker, one.file)
         return [problem] if problem else []
     return []

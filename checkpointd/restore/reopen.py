@@ -137,6 +137,12 @@ class Opener:
         """Have we rights that the process has not?"""
         return self.theirs is not None and self.ours is not None and has_more_rights(self.ours, self.theirs)
 
+    def do(self, action: Callable[[], T]) -> T:
+        """Run `action`, on files or sockets by name, with the rights of the process where we have more."""
+        if self.theirs is None or self.ours is None or not self.is_guarding:
+            return action()
+        return as_process(self.theirs, self.ours, action)
+
     def prove(self, seen: int, path: str, recorded: FileIdentity | None, *, what: str) -> None:
         """May the process have to do with what `look` found, as if it had opened it for reading?
 

@@ -16,7 +16,7 @@ from checkpointd.linux import socket as sockets
 from checkpointd.linux.pidfd import pidfd_getfd
 from checkpointd.restore import holders
 from checkpointd.restore.files_maker import Maker
-from checkpointd.restore.reopen import open_own, set_status
+from checkpointd.restore.reopen import open_own, own_path, set_status
 from checkpointd.state.files import (
     ClosedSocket,
     InetAddress,
@@ -260,7 +260,10 @@ def connect_unix(maker: Maker, index: int, one: UnixSocket) -> None:
         return
     with _borrow(maker.local[index]) as sock:
         try:
-            sock.connect(name)
+            if name.startswith(b"\0"):
+                sock.connect(name)
+            else:
+                maker.opener.do(lambda: sock.connect(name))
         except OSError as error:
             shown = os.fsdecode(name.replace(b"\0", b"@"))
             maker.warnings.append(
@@ -344,22 +347,21 @@ def _bind_file(maker: Maker, index: int, sock: socket.socket, file: SocketFile) 
             f"{maker.name(index)}: {file.path} belongs to another socket now; left without name"
         )
         return
-    if problem := socket_path_conflict(path, file):
+    if problem := socket_path_conflict(maker, file):
         raise RestoreConflict(f"{maker.name(index)}: {problem}", path=file.path)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    base = os.path.basename(path)
     directory = -1
     try:
+        directory = _look_at_directory(maker, file)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(base, dir_fd=directory)
         name = os.fsencode(path)
         if len(name) >= _SUN_PATH_BYTES:
-            directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            name = os.fsencode(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+            name = os.fsencode(f"{own_path(directory)}/{base}")
         sock.bind(name)
-        os.chmod(path, file.mode)
-        with contextlib.suppress(PermissionError):
-            os.chown(path, file.uid, file.gid)
+        _own_file(sock, directory, base, file)
         if file.deleted:
-            os.unlink(path)
+            os.unlink(base, dir_fd=directory)
     except OSError as error:
         raise RestoreConflict(
             f"{maker.name(index)}: the UNIX socket {file.path} cannot be bound: {error.strerror}",
@@ -370,14 +372,65 @@ def _bind_file(maker: Maker, index: int, sock: socket.socket, file: SocketFile) 
             os.close(directory)
 
 
-def socket_path_conflict(path: str, file: SocketFile) -> str:
-    """Why a socket cannot be bound at `path`, "" if it can (over the dead socket of the old process, too)."""
+def _look_at_directory(maker: Maker, file: SocketFile) -> int:
+    """A descriptor (O_PATH) of the directory of a socket's name, which must be where it was.
+
+    The name itself may have had links in it (/var/run).
+    """
+    named = os.path.dirname(maker.path(file.path))
+    fd = os.open(named, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if file.directory:
+        there, wanted = os.fstat(fd), maker.opener.stat(maker.path(file.directory))
+        if wanted is None or (there.st_dev, there.st_ino) != (wanted.st_dev, wanted.st_ino):
+            os.close(fd)
+            raise RestoreConflict(
+                f"the directory of the UNIX socket {file.path} is not {file.directory} any more",
+                path=file.path,
+            )
+    return fd
+
+
+def _own_file(sock: socket.socket, directory: int, base: str, file: SocketFile) -> None:
+    """Owner and permissions of the file that `sock` was just bound to, and of no other that took its name."""
+    found = os.open(base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
-        there = os.lstat(path)
+        there = os.fstat(found)
+        try:
+            bound = fcntl.ioctl(sock, sockets.SIOCUNIXFILE)
+        except OSError:  # then we have few rights, and may change our own files only
+            is_ours = stat.S_ISSOCK(there.st_mode) and there.st_uid == os.geteuid() and there.st_nlink == 1
+        else:
+            try:
+                is_ours = os.path.sameopenfile(bound, found)
+            finally:
+                os.close(bound)
+        if not is_ours:
+            raise RestoreConflict(
+                f"the UNIX socket {file.path} was replaced while it was being bound", path=file.path
+            )
+        os.chmod(own_path(found), file.mode)
+        with contextlib.suppress(PermissionError):
+            os.chown(own_path(found), file.uid, file.gid)
+    finally:
+        os.close(found)
+
+
+def socket_path_conflict(maker: Maker, file: SocketFile) -> str:
+    """Why a socket cannot be bound at its name, "" if it can (over the dead socket of the old process, too).
+
+    Raises:
+        RestoreConflict: its directory is another one now.
+    """
+    try:
+        directory = _look_at_directory(maker, file)
+    except OSError:
+        return f"the directory of the UNIX socket {file.path} is gone; make it again"
+    try:
+        there = os.stat(os.path.basename(file.path), dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
-        if not os.path.isdir(os.path.dirname(path)):
-            return f"the directory of the UNIX socket {file.path} is gone; make it again"
         return ""
+    finally:
+        os.close(directory)
     if not stat.S_ISSOCK(there.st_mode):
         return f"{file.path} is no socket any more; move it away"
     if who := holders.unix_file_holder(there):

@@ -286,13 +286,19 @@ class ClosedSocket(Socket):
 
 @dataclass(frozen=True, slots=True)
 class SocketFile:
-    """The name of a UNIX socket in the file system."""
+    """The name of a UNIX socket in the file system.
+
+    Attributes:
+        path: as the program gave it, links and all.
+        directory: where that led to, free of links; "" in images of before it was kept.
+    """
 
     path: str
     mode: int
     uid: int
     gid: int
     deleted: bool = False
+    directory: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -260,9 +260,10 @@ def _socket_file(session: Session, info: sockets.UnixInfo) -> SocketFile:
         )
     path = os.path.join(session.cwd(), name)
     there = session.stat(path)
+    directory = os.path.realpath(os.path.dirname(path))
     if there is None or not stat.S_ISSOCK(there.st_mode) or (info.file and there.st_ino != info.file[1]):
-        return SocketFile(path, 0o755, 0, 0, deleted=True)
-    return SocketFile(path, stat.S_IMODE(there.st_mode), there.st_uid, there.st_gid)
+        return SocketFile(path, 0o755, 0, 0, deleted=True, directory=directory)
+    return SocketFile(path, stat.S_IMODE(there.st_mode), there.st_uid, there.st_gid, directory=directory)
 
 
 def _queue(one: OpenFd, sock: socket.socket, info: sockets.UnixInfo) -> tuple[bytes, ...]:
