@@ -52,3 +52,11 @@ def test_every_option_of_the_service_is_described():
     text = (MAN / "checkpointd.8.rst").read_text()
     for action in parser()._actions:
         assert all(option in text for option in action.option_strings), action.option_strings
+
+
+def test_everybody_is_told_that_an_imported_image_is_code():
+    warning = "Restoring an imported image runs the code in it with the credentials it names"
+    helped = cli.get_command(click.Context(cli), "import").get_help(click.Context(cli, info_name="import"))
+    pages = [MAN / "checkpoint.1.rst", MAN / "checkpointd.8.rst", MAN.parents[1] / "docs" / "image-format.md"]
+    for text in (helped, *(page.read_text() for page in pages)):
+        assert warning in " ".join(text.split())

@@ -21,7 +21,10 @@ from checkpointd.errors import UsageError
 @store_option
 @session_options
 def command(session: Session, file: str, store: str) -> None:
-    """Take an exported file into the store as a new image ("-": from the standard input)."""
+    """Take an exported file into the store as a new image ("-": from the standard input).
+
+    Restoring an imported image runs the code in it with the credentials it names: import only files you trust.
+    """
     try:
         source = sys.stdin.buffer if file == "-" else open(file, "rb")  # noqa: SIM115 - closed below
     except OSError as error:
