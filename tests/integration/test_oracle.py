@@ -42,9 +42,13 @@ def _engine(backend: str, read_mode: str = "auto") -> CheckpointdEngine:
 def _play_seeds(seeds: range, backend: str, read_mode: str) -> None:
     nr_generations = 0
     for seed in seeds:
-        verdict = play(history.generate(seed), lambda: _engine(backend, read_mode))
+        lines = history.generate(seed)
+        verdict = play(lines, lambda: _engine(backend, read_mode))
         assert not verdict.findings, "\n".join([f"seed {seed}, line {verdict.at}:", *verdict.findings])
-        assert set(verdict.backends) == {backend}, verdict.backends
+        # tracking does not outlive a new program: the dump after an exec compares content
+        nr_execs = sum(line.startswith("exec") for line in lines)
+        nr_others = verdict.nr_generations - verdict.backends[backend]
+        assert nr_others <= nr_execs, f"seed {seed}: {verdict.backends}, {nr_execs} execs"
         nr_generations += verdict.nr_generations
     assert nr_generations >= 6 * len(seeds)
 
@@ -81,9 +85,6 @@ def test_restored_memory_is_what_it_was_at_the_freeze(backend: str) -> None:
     assert nr_restores >= 3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="restore attaches the segment alone: the mapping beyond its end is lost"
-)
 @pytest.mark.needs("set_tid")
 def test_segment_mapped_longer_than_it_is_comes_back() -> None:
     """mremap(2) may grow a System V mapping beyond the end of its segment."""
