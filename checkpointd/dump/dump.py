@@ -65,7 +65,7 @@ from checkpointd.procfs import maps, process
 from checkpointd.state import codec
 from checkpointd.state.process import ImageState
 from checkpointd.stats import DumpStats
-from checkpointd.target.attachable import check_attachable
+from checkpointd.target.attachable import check_attachable, gone, lives
 from checkpointd.target.files import CapturedFiles, FilesDraft, capture_files, prepare_files
 from checkpointd.target.fork import ForkedCopy
 from checkpointd.target.freeze import Frozen, freeze
@@ -221,11 +221,13 @@ class Dumper:
                 if copy is not None:
                     self._read_copy(copy, work, report)
                 self._finish(options, parent, work, report)
-        except BaseException:
+        except BaseException as error:
             if self._tracker is not None:
                 self._tracker.rollback()
             with contextlib.suppress(CheckpointError):
                 self._worker.abort()
+            if isinstance(error, ProcessLookupError) and not lives(self.pid, self.pid):
+                raise gone(self.pid) from error
             raise
         finally:
             if copy is not None:

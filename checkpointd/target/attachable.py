@@ -12,19 +12,44 @@ from checkpointd.procfs import process
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _DEAD = frozenset("ZXx")
+_SIGKILL_BIT = 1 << (9 - 1)
 
 
 def gone(pid: int) -> TargetGone:
     return TargetGone(f"process {pid} is gone", hint="check the pid with ps", pid=pid)
 
 
-def _zombie(pid: int) -> Unsupported:
+def _zombie(pid: int) -> TargetGone | Unsupported:
+    """What to say of a process whose main thread is dead: that it has exited, unless other threads live on."""
+    if not any(lives(pid, tid) for tid in _thread_ids(pid) if tid != pid):
+        return TargetGone(
+            f"process {pid} has exited (its parent has not waited for it yet)",
+            hint="there is nothing left to save of it",
+            pid=pid,
+        )
     return Unsupported(
         f"the main thread of process {pid} has exited (zombie)",
-        hint="there is nothing to save of a zombie; a program whose main thread ended is not supported",
+        hint="a program whose main thread ended before its others is not supported",
         pid=pid,
         blockers=[f"the main thread of process {pid} has exited (zombie)"],
     )
+
+
+def _thread_ids(pid: int) -> list[int]:
+    try:
+        return process.thread_ids(pid)
+    except OSError:
+        return []
+
+
+def lives(pid: int, tid: int) -> bool:
+    """Will the thread run on, as far as can be seen?  One that is exiting, or was killed, will not."""
+    try:
+        stat, status = process.read_stat(pid, tid), process.read_status(pid, tid)
+    except (OSError, ValueError):
+        return False
+    pending = int(status.get("SigPnd", "0"), 16) | int(status.get("ShdPnd", "0"), 16)
+    return not (stat.state in _DEAD or stat.flags & process.PF_EXITING or pending & _SIGKILL_BIT)
 
 
 def check_attachable(pid: int) -> None:

@@ -45,7 +45,7 @@ from checkpointd.linux import ptrace
 from checkpointd.linux.seccomp import MODE_FILTER, MODE_STRICT
 from checkpointd.memory import PAGE_SIZE
 from checkpointd.target import rendezvous, restartable
-from checkpointd.target.attachable import gone, is_dead_thread
+from checkpointd.target.attachable import gone, lives
 from checkpointd.target.blobs import RUNNER, RUNNER_RDV, RUNNER_RUN
 from checkpointd.target.registers import UserRegs, home_context, signed, word
 from checkpointd.target.remote import Call, Result
@@ -533,7 +533,7 @@ def injection(frozen: Frozen, scratch_bytes: int | None) -> Iterator[Injection]:
             remote.leave(undo=True)
         raise _too_long(frozen.pid, error) from error
     except BaseException as error:
-        if isinstance(error, OSError | TargetGone) and is_dead_thread(frozen.pid, frozen.pid):
+        if isinstance(error, OSError | TargetGone) and not lives(frozen.pid, frozen.pid):
             raise gone(frozen.pid) from error
         with _coming_home(frozen):
             remote.leave(undo=True)
@@ -551,7 +551,7 @@ def _coming_home(frozen: Frozen) -> Iterator[None]:
     except CallTimeoutError as error:
         raise NotHomeError(_too_long(frozen.pid, error)) from error
     except OSError as error:
-        if is_dead_thread(frozen.pid, frozen.pid):
+        if not lives(frozen.pid, frozen.pid):
             raise gone(frozen.pid) from error
         raise NotHomeError(error) from error
     except BaseException as error:

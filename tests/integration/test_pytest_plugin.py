@@ -110,10 +110,14 @@ def test_loud():
 @pytest.mark.needs("ptrace", "pagemap_scan")
 def test_what_cannot_be_measured_fails_in_its_own_words(run):
     done = run("""
-def test_short(limit_dirty):
-    program = start(1)
+@pytest.fixture
+def program():  # outlives the meter
+    started = start(1)
+    yield started
+    started.kill()
+
+def test_short(program, limit_dirty):
     limit_dirty.watch(program, "4 MB", interval="1m")
-    program.kill()
 
 def test_nobody(limit_dirty):
     limit_dirty.watch(999999999, "4 MB")
@@ -129,7 +133,7 @@ def test_its_own_failure_comes_first(limit_dirty):
     assert "own failure" == ""
 """)
     assert "3 failed, 1 passed" in done.stdout, done.stdout
-    assert "the test ended before one interval of 1m" in done.stdout
+    assert "the test ended before one interval of 1m" in done.stdout, done.stdout
     assert "999999999" in done.stdout
     assert "assert 'own failure' == ''" in done.stdout
 
