@@ -24,6 +24,7 @@ from checkpointd.errors import (
 from checkpointd.memory import VmaKind
 from checkpointd.procfs import maps, process
 from checkpointd.state.files import FilesOptions
+from checkpointd.target.attachable import exited
 from checkpointd.target.files import file_blockers
 from checkpointd.target.process import process_blockers, vma_blockers
 from checkpointd.tracking.select import select_backend
@@ -60,7 +61,7 @@ def refuse_impossible(pid: int) -> None:
         TargetGone: no such process, or a zombie.
         NotPermitted: another user's process, and no right to it.
         Busy: a debugger has it.
-        Unsupported: a kernel thread or a 32-bit process.
+        Unsupported: a kernel thread, a 32-bit process, or one whose main thread has exited.
     """
     if pid <= 0:
         raise UsageError(f"{pid} is not a process id", hint="give the pid of one running process")
@@ -81,11 +82,7 @@ def refuse_impossible(pid: int) -> None:
             pid=pid,
         )
     if stat.state in "ZX":
-        raise TargetGone(
-            f"process {pid} ({stat.comm}) has exited and waits for its parent, process {stat.ppid}",
-            hint="nothing of it can be saved any more; start it anew or restore an earlier image",
-            pid=pid,
-        )
+        raise exited(pid)
     tracer = int(status.get("TracerPid", "0"))
     if tracer:
         name = "?"

@@ -188,7 +188,8 @@ def damage_found(failures: dict[str, ImageDamaged], whole: list[str]) -> ImageDa
     """
     nr_images = len(failures) + len(whole)
     return ImageDamaged(
-        f"{len(failures)} of {nr_images} {'image is' if nr_images == 1 else 'images are'} damaged",
+        f"{len(failures)} of {nr_images} {'image' if nr_images == 1 else 'images'} "
+        f"{'is' if len(failures) == 1 else 'are'} damaged",
         hint=f"restore a whole one, the newest is {whole[-1][:12]}; remove a damaged one with `checkpoint rm`"
         if whole
         else "no image in this store is whole: use a copy of the store",

@@ -19,12 +19,16 @@ def gone(pid: int) -> TargetGone:
     return TargetGone(f"process {pid} is gone", hint="check the pid with ps", pid=pid)
 
 
-def _zombie(pid: int) -> TargetGone | Unsupported:
+def exited(pid: int) -> TargetGone | Unsupported:
     """What to say of a process whose main thread is dead: that it has exited, unless other threads live on."""
     if not any(lives(pid, tid) for tid in _thread_ids(pid) if tid != pid):
+        try:
+            stat = process.read_stat(pid)
+        except OSError:
+            return gone(pid)
         return TargetGone(
-            f"process {pid} has exited (its parent has not waited for it yet)",
-            hint="there is nothing left to save of it",
+            f"process {pid} ({stat.comm}) has exited and waits for its parent, process {stat.ppid}",
+            hint="nothing of it can be saved any more; start it anew or restore an earlier image",
             pid=pid,
         )
     return Unsupported(
@@ -84,7 +88,7 @@ def check_attachable(pid: int) -> None:
             blockers=[f"process {pid} is a kernel thread"],
         )
     if stat.state in _DEAD:
-        raise _zombie(pid)
+        raise exited(pid)
     _check_tracer(pid, status)
 
 
@@ -118,7 +122,7 @@ def explain_refusal(pid: int, tid: int) -> CheckpointError | None:
     except OSError:
         return None
     if status.get("State", "?")[0] in _DEAD:
-        return _zombie(pid) if tid == pid else None
+        return exited(pid) if tid == pid else None
     try:
         _check_tracer(pid, status)
     except Busy as busy:

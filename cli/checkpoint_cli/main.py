@@ -147,8 +147,10 @@ def report(error: CheckpointError, *, as_json: bool) -> None:
         return
     click.echo(f"checkpoint: {error.message}", err=True)
     for name in REASON_LISTS:
-        for reason in error.details.get(name, ()):
-            click.echo(f"  - {reason}", err=True)
+        reasons = error.details.get(name, ())
+        for reason in reasons:
+            if len(reasons) > 1 or reason not in error.message:  # a single one is the message already
+                click.echo(f"  - {reason}", err=True)
         if error.details.get(f"{name}_left_out"):
             click.echo(f"  - and {error.details[f'{name}_left_out']} more", err=True)
     if error.hint:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from checkpointd import tracepoint
+from checkpointd.agent.check import refuse_impossible
 from checkpointd.errors import Busy, TargetExeced, TargetGone, Unsupported, UsageError
 from checkpointd.target.freeze import freeze
 from tests.soak import lab, sessions
@@ -175,8 +176,11 @@ def test_a_thread_that_hangs_after_the_check_is_let_go(start, monkeypatch):
 
 
 def test_a_program_without_its_main_thread(start):
+    target = start("headless")
     with pytest.raises(Unsupported, match="main thread"):
-        freeze(start("headless").pid)
+        freeze(target.pid)
+    with pytest.raises(Unsupported, match="main thread"):
+        refuse_impossible(target.pid)
 
 
 def test_refusals():
@@ -189,7 +193,7 @@ def test_refusals():
             freeze(2)
     child = subprocess.Popen(["true"])
     _wait(lambda: Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z")
-    with pytest.raises(Unsupported, match="zombie"):
+    with pytest.raises(TargetGone, match="has exited"):
         freeze(child.pid)
     child.wait()
     with pytest.raises(TargetGone):
