@@ -47,6 +47,7 @@ class Objects:
 
     Attributes:
         opener: opens paths for the process.
+        opened_for_writing: objects that a descriptor of the process could write.
         fds: for mappings.
         object_fds: of each shared object, read and write, for whoever restores descriptors.
         shmids: of System V segments.
@@ -54,6 +55,7 @@ class Objects:
 
     space: AddressSpace
     opener: Opener = field(default_factory=Opener)
+    opened_for_writing: frozenset[int] = frozenset()
     fds: dict[FdKey, int] = field(default_factory=dict)
     object_fds: dict[int, int] = field(default_factory=dict)
     shmids: dict[int, int] = field(default_factory=dict)
@@ -62,6 +64,9 @@ class Objects:
     _new_segments: list[int] = field(default_factory=list)
     _made_files: list[tuple[int, str]] = field(default_factory=list)
     _existed: set[int] = field(default_factory=set)
+    _only_read: set[int] = field(
+        default_factory=set
+    )  # files that are there, and that the process cannot write
 
     def check(self, keys: Iterable[FdKey], *, allow_changes: bool) -> list[str]:
         """Open what is there already, and change nothing.
@@ -152,22 +157,31 @@ class Objects:
         recorded = FileIdentity(one.name, one.dev, one.inode, one.size_bytes, one.mtime_ns or 0)
         if one.mtime_ns is not None:
             recorded = replace(recorded, uid=one.uid, gid=one.gid, mode=stat.S_IMODE(one.mode))
-        fd = self.opener.open(one.name, os.O_RDWR, kind=stat.S_IFREG, recorded=recorded, what=what)
+        if not self._is_writable(one.id):
+            self._only_read.add(one.id)
+        access = os.O_RDONLY if one.id in self._only_read else os.O_RDWR
+        fd = self.opener.open(one.name, access, kind=stat.S_IFREG, recorded=recorded, what=what)
         self.object_fds[one.id] = fd
         self._existed.add(one.id)
         if file_system_magic(fd) != TMPFS_MAGIC:
             return [f"{what} is on no tmpfs any more"]
         if there.st_size != one.size_bytes:
             return self._changed(
-                f"{what} has {there.st_size} bytes instead of {one.size_bytes}", allow_changes
+                one.id, f"{what} has {there.st_size} bytes instead of {one.size_bytes}", allow_changes
             )
         if one.mtime_ns is not None and there.st_mtime_ns != one.mtime_ns:
-            return self._changed(f"{what} was written since the dump", allow_changes)
+            return self._changed(one.id, f"{what} was written since the dump", allow_changes)
         return []
 
-    def _changed(self, sentence: str, allow_changes: bool) -> list[str]:
+    def _is_writable(self, number: int) -> bool:
+        return number in self.opened_for_writing or any(
+            vma.object == number and vma.shared and "mw" in vma.flags for vma in self.space.vmas
+        )
+
+    def _changed(self, number: int, sentence: str, allow_changes: bool) -> list[str]:
         if allow_changes:
-            self.warnings.append(f"{sentence}; overwritten from the image, as asked")
+            done = "left as it is" if number in self._only_read else "overwritten from the image"
+            self.warnings.append(f"{sentence}; {done}, as asked")
             return []
         return [f"{sentence}; bring back what was there, or restore with --changed allow"]
 
@@ -209,6 +223,7 @@ class Objects:
             if owner == (one.uid, one.gid, one.mode & 0o777):
                 return []
             return self._changed(
+                one.id,
                 f"{what} has another owner or other permissions than at the dump",
                 allow_changes and not self.opener.is_guarding,
             )
@@ -239,6 +254,8 @@ class Objects:
         self, number: int, pages: PageNumbers, data: np.ndarray[tuple[int], np.dtype[np.uint8]]
     ) -> None:
         """Write pages of one object.  `data` holds them one after the other."""
+        if number in self._only_read:
+            return
         address = self._segments.get(number)
         view = memoryview(data)  # type: ignore[arg-type]
         runs: Runs = runs_of(pages)
@@ -266,7 +283,7 @@ class Objects:
 
     def empty(self, number: int) -> None:
         """Drop what an object that existed already holds; its pages come from the image."""
-        if number not in self._existed:
+        if number not in self._existed or number in self._only_read:
             return
         size = next(one.size_bytes for one in self.space.objects if one.id == number)
         if number in self.object_fds:
@@ -285,7 +302,8 @@ class Objects:
     def seal(self) -> None:
         """Add seals, give back times, and remove what was removed: when all is mapped and filled."""
         for one in self.space.objects:
-            if one.flavour == "tmpfs" and not one.deleted and one.mtime_ns is not None:
+            is_named = one.flavour == "tmpfs" and not one.deleted
+            if is_named and one.mtime_ns is not None and one.id not in self._only_read:
                 # so that the next restore of the image finds it unchanged
                 os.utime(self.object_fds[one.id], ns=(time.time_ns(), one.mtime_ns))
             if one.flavour == "memfd" and one.seals & ~_F_SEAL_EXEC not in (0, _F_SEAL_SEAL):

@@ -48,7 +48,7 @@ from checkpointd.restore.reopen import Opener
 from checkpointd.restore.spawn import ADDR_COMPAT_LAYOUT, Birth, has_time_offsets, spawn
 from checkpointd.restore.stub import WORK_BYTES, StepFailedError, Stub
 from checkpointd.restore.surroundings import schedule, set_limits, set_program, set_surroundings
-from checkpointd.state.files import FilesOptions
+from checkpointd.state.files import FilesOptions, SharedMemory
 from checkpointd.state.process import ImageState, ProcessState
 from checkpointd.state.threads import Credentials
 from checkpointd.target.remote import Call
@@ -141,7 +141,13 @@ class _Restorer:
         self.ours: Credentials = checks.our_credentials()
         theirs = state.process.threads[0].credentials if state.process.threads else None
         self.opener = Opener(theirs=theirs, ours=self.ours)
-        self.objects = Objects(self.space, self.opener)
+        descriptions = self.files.descriptions if self.files is not None else ()
+        opened_for_writing = frozenset(
+            one.object
+            for one in descriptions
+            if isinstance(one, SharedMemory) and one.flags & os.O_ACCMODE != os.O_RDONLY
+        )
+        self.objects = Objects(self.space, self.opener, opened_for_writing)
         self.boot_id = process.boot_id()
         self._phase_started_ns = time.monotonic_ns()
 
@@ -318,6 +324,7 @@ class _Restorer:
         stub.run(plan.finishing_steps(self.space, stub))
         stub.reset()
         set_surroundings(stub, state)
+        self._judge_directories(stub.pid)
         self._mark("finish")
         if self.files is not None:
             context = FilesContext(
@@ -355,6 +362,13 @@ class _Restorer:
             self.options.before_release(stub)
             self._mark("tracking")
         return nr_pages, tids
+
+    def _judge_directories(self, pid: int) -> None:
+        """Did the paths lead where they say, even if somebody made links of them since the check?"""
+        for what, wanted in (("cwd", self.process.cwd), ("root", self.process.root)):
+            found = os.readlink(f"/proc/{pid}/{what}")
+            if found != wanted:
+                raise RestoreConflict(f"the directory {wanted} leads to {found} now", path=wanted)
 
     def _check_features(self, local_xstate: bytes) -> None:
         from checkpointd.target.process import cpu_of  # noqa: PLC0415 - avoids a cycle at import

@@ -20,7 +20,8 @@ from checkpointd.restore.restorer import RestoreOptions
 from checkpointd.state.files import FilesOptions
 from checkpointd.state.memory import FileIdentity
 from checkpointd.state.threads import Credentials
-from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore
+from checkpointd.tracepoint import clear, register
+from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore, wait_gone
 
 pytestmark = pytest.mark.needs("root", "ptrace", "set_tid")
 UID = 65534
@@ -153,6 +154,22 @@ def test_a_linked_directory_on_the_way_is_refused(killed: Captured, home: Home) 
         killed, f"{home.user} leads through", "log leads through", "data leads through", "out leads through"
     )
     assert (home.root / "log").read_bytes() == SECRET
+
+
+def test_a_directory_made_a_link_after_the_check_is_refused(killed: Captured, home: Home) -> None:
+    """The last moment: everything is open, and the process goes to its working directory."""
+
+    def late(name: str) -> None:
+        home.user.rename(home.user.with_name("moved"))
+        home.user.symlink_to(home.root)
+
+    register("restore.memory", late)
+    try:
+        with pytest.raises(RestoreConflict, match=f"{home.user} leads to {home.root} now"):
+            restore(killed)
+    finally:
+        clear()
+    wait_gone(killed.state.process.pid)
 
 
 @pytest.mark.parametrize("name", ["log", "data"])

@@ -37,6 +37,8 @@ libc.shmat.restype = ctypes.c_void_p
 segment = libc.shmget(int(sys.argv[2]), 4096, 0o1640)
 at = libc.shmat(segment, None, 0)
 data = os.open(sys.argv[3], os.O_RDONLY)
+public = os.open(os.path.dirname(sys.argv[3]) + "/public", os.O_RDONLY)
+shown = mmap.mmap(public, 4096, mmap.MAP_SHARED, mmap.PROT_READ)
 shared[4096:4100] = b"deep"
 number = 0
 while True:
@@ -57,6 +59,8 @@ class Lab:
         self.data = self.user / "data"
         self.data.write_bytes(b"harmless")
         self.file = self.user / "file"
+        self.public = self.user / "public"  # of root's, for all to read
+        self.public.write_bytes(b"then".ljust(4096))
         for path in (self.user, self.data):
             os.chown(path, UID, UID)
 
@@ -191,6 +195,17 @@ def test_a_file_made_again_has_its_owner_and_permissions(killed: Captured, lab: 
     assert lab.file.read_bytes()[4096:4100] == b"deep"
 
 
+def test_a_file_it_can_only_read_is_never_written(killed: Captured, lab: Lab) -> None:
+    with lab.public.open("r+b") as file:
+        file.write(b"now.")
+    assert "public was written since the dump" in refused(killed)
+    assert any("public was written since the dump; left as it is" in one for one in comes_back(
+        killed, lab, changed="allow"
+    ))  # fmt: skip
+    assert lab.public.read_bytes() == b"now.".ljust(4096)
+    assert lab.public.stat().st_uid == 0
+
+
 def test_a_directory_on_another_file_system_is_refused(killed: Captured, lab: Lab) -> None:
     other = Path(tempfile.mkdtemp(prefix="restore-shared-"))
     try:
@@ -199,7 +214,8 @@ def test_a_directory_on_another_file_system_is_refused(killed: Captured, lab: La
         if subprocess.run(["stat", "-fc", "%T", other], capture_output=True, text=True).stdout == "tmpfs\n":
             pytest.skip("the directory for temporary files is on a tmpfs")
         try:
-            assert "on no tmpfs any more" in refused(killed, changed="allow")
+            found = refused(killed, changed="allow")
+            assert f"{lab.user}, where shared memory was, is on no tmpfs any more" in found
             assert not lab.file.exists()
             lab.file.write_bytes(SECRET)
             os.chown(lab.file, UID, UID)
