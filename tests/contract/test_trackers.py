@@ -353,6 +353,23 @@ def test_clear_by_somebody_else_is_noticed(tracker, child):
         collect(tracker, child)
 
 
+@soft_dirty
+def test_clear_by_somebody_who_writes_code_pages_afterwards_is_noticed(tracker, child):
+    """As CRIU does, which puts back what its parasite stood on, in the first page of an executable mapping."""
+    collect(tracker, child)
+    tracker.commit()
+    child.do("write", 3, 2, 0)
+    Path(f"/proc/{child.pid}/clear_refs").write_text("4")
+    executable = [vma for vma in maps.read_maps(child.pid) if vma.prot == 5 and not vma.shared]
+    with open(f"/proc/{child.pid}/mem", "r+b", buffering=0) as memory:
+        for vma in executable:
+            if vma.kind != "vdso" or vma.nr_pages == 1:
+                byte = os.pread(memory.fileno(), 1, vma.start)
+                os.pwrite(memory.fileno(), byte, vma.start)
+    with pytest.raises(TrackingLostError, match="somebody else cleared"):
+        collect(tracker, child)
+
+
 def test_plain_words_tell_what_the_scan_tells(child):
     """The reader for kernels without PAGEMAP_SCAN against PAGEMAP_SCAN."""
     abilities.require("pagemap_scan")
