@@ -61,15 +61,3 @@ def _stopped_descendants() -> list[str]:
         for pid, (state, parent, sid, comm) in states.items()
         if state in "Tt" and (pid in ours or (sid == session and parent == 1))
     ]
-
-
-# Tests that fail or hang now and then, for reasons known and not mended yet.  They are kept out of the everyday run
-# and stay in `make test-slow`, so that nobody takes them for passing.
-UNSETTLED = {}
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if any(name in item.nodeid for name in UNSETTLED):
-            item.add_marker(pytest.mark.slow)
