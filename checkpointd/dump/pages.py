@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from checkpointd import tracepoint
 from checkpointd.dump.targets import mapped_by_nobody_else
 from checkpointd.errors import Cancelled, CheckpointError, TargetGone
 from checkpointd.image.builder import ImageBuilder
@@ -481,6 +482,7 @@ class _Server:
             for future in as_completed(futures):
                 future.result()
                 done += futures[future]
+                tracepoint.hit("worker.piece_done")
                 now = time.monotonic()
                 if now - told_at >= _PROGRESS_INTERVAL_S:
                     told_at = now
