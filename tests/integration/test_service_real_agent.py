@@ -78,6 +78,7 @@ def summary_of(done):
 
 def agent_pid(house, pid):
     targets = {found["pid"]: found for found in house.checkpoint_json("status")["targets"]}
+    assert targets[pid]["agent_pid"] > 0  # 0, that there is none, means all of us to kill(2)
     return targets[pid]["agent_pid"]
 
 
