@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from checkpointd.dump.pages import CopyRequest
+from checkpointd.dump.page_reading import CopyRequest
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.memory import (
     NO_RUNS,

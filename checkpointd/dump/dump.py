@@ -35,7 +35,8 @@ from checkpointd.dump.division import (
     with_guards,
 )
 from checkpointd.dump.options import DumpOptions
-from checkpointd.dump.pages import CopyRequest, Heard, PageWorker
+from checkpointd.dump.page_reading import CopyRequest
+from checkpointd.dump.pages import Heard, PageWorker
 from checkpointd.dump.targets import KnownAlone, is_watched, written_beside
 from checkpointd.errors import (
     Busy,
@@ -486,9 +487,8 @@ class Dumper:
             check_complete(request)
         self._worker.read_and_encode(work.copies, self._after_thaw("reading the copy", report))
         work.mark("reading the copy", at)
-        os.kill(
-            copy.pid, signal.SIGKILL
-        )  # its memory goes while the image is committed; `close` waits for it
+        # its memory goes while the image is committed; `close` waits for it
+        os.kill(copy.pid, signal.SIGKILL)
 
     def _finish(self, options: DumpOptions, parent: str, work: _Work, report: Report) -> None:
         report("encoding", 0, 0)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from checkpointd import tracepoint
-from checkpointd.dump.pages import CopyRequest, PageWorker, _Server
+from checkpointd.dump.page_reading import CopyRequest
+from checkpointd.dump.page_server import PageServer
+from checkpointd.dump.pages import PageWorker
 from checkpointd.errors import Cancelled, NoSpace
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE
@@ -88,6 +90,6 @@ def test_of_two_failures_the_cause_is_told():
         raise ValueError("the image cannot be finished: an earlier step failed")
 
     ours, theirs = socket.socketpair()
-    server = _Server(Connection(ours.detach()), 1 << 20)
+    server = PageServer(Connection(ours.detach()), 1 << 20)
     with theirs, pytest.raises(NoSpace):
         server._each(work, [("disk",), ("later",)], lambda job: 1)

@@ -154,7 +154,7 @@ def test_a_page_worker_that_somebody_stopped_ends_with_its_agent(house, target):
     workers = [
         int(pid)
         for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-        if b"checkpointd.dump.pages" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"checkpointd.dump.page_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)

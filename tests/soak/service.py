@@ -95,7 +95,9 @@ class _Service:
         return self._note(_children(self.process.pid, "checkpointd.agent"))
 
     def workers(self) -> list[int]:
-        return self._note([w for agent in self.agents() for w in _children(agent, "checkpointd.dump.pages")])
+        return self._note(
+            [w for agent in self.agents() for w in _children(agent, "checkpointd.dump.page_server")]
+        )
 
     def _note(self, pids: list[int]) -> list[int]:
         self.seen.update(pids)

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page worker's end: `python -m checkpointd.dump.page_server FD BUFFER_BYTES`, started by pages.py.
+
+Memory: the buffer takes at most `MAX_BUFFER_BYTES`, and a quarter of what was free when the worker first needed
+it; what a stopped target has beyond that is encoded as it is read, before the thaw.  Between dumps no more than
+`KEPT_BYTES` of it are held.  Beside it: `NR_THREADS` pieces of 4 MiB, and the index of the image being built.
+
+The agent going away is end of file: an image not committed is aborted and the worker exits.
+
+While it writes an image the worker also guards the agent: one that somebody stopped (SIGSTOP, a debugger) may hold a
+frozen target, which nothing inside it can let go.  It is killed; the target then goes on by itself.
+
+Errors become answers: ("error", CheckpointError.to_dict()).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from checkpointd import tracepoint
+from checkpointd.dump.page_buffer import NR_THREADS, PageBuffer
+from checkpointd.dump.page_reading import CopyRequest, cut, pieces, read
+from checkpointd.errors import Cancelled, CheckpointError
+from checkpointd.image.builder import ImageBuilder
+from checkpointd.image.reader import Image
+from checkpointd.image.store import Store
+from checkpointd.memory import PAGE_SIZE, PRIVATE_OBJECT, Runs, nr_pages_in, pages_of
+from checkpointd.procfs.process import read_stat
+
+DEFAULT_COMPRESSION = "zstd:1"
+KEPT_BYTES = 128 << 20
+_STOPPED_CHECK_S = 0.5
+
+_PIECE_PAGES = 2048  # 8 MiB: what one thread reads at a time
+_ONE_THREAD_PAGES = 1536  # 6 MiB: some 2 ms
+_ENCODE_PAGES = 1024
+_PROGRESS_INTERVAL_S = 0.02
+
+
+class PageServer:
+    """The worker's end."""
+
+    def __init__(self, connection: Connection, buffer_bytes: int) -> None:
+        self._buffer_bytes = buffer_bytes
+        self._connection = connection
+        self._store: Store | None = None
+        self._store_path = ""
+        self._parent: Image | None = None
+        self._builder: ImageBuilder | None = None
+        self.writing = threading.Event()
+        self._buffer: PageBuffer | None = None
+        self._copied: list[tuple[int, Runs, int]] = []  # (object, runs, offset in the buffer)
+        self._used = 0
+        self._pool = ThreadPoolExecutor(NR_THREADS)
+
+    def begin(self, store: str, parent: str, compress: str, expected_pages: int) -> None:
+        self.abort()
+        opened = self._open(store)
+        if not parent:
+            self._parent = None
+        elif self._parent is None or self._parent.id != parent:
+            self._parent = opened.load(parent)
+        self._builder = opened.begin(
+            parent=self._parent, threads=NR_THREADS, compress=compress or DEFAULT_COMPRESSION
+        )
+        self.writing.set()
+        self._room().touch(expected_pages * PAGE_SIZE, self._pool)
+
+    def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
+        return self._open(store).latest_of(pid, start_time, boot_id)
+
+    def _open(self, store: str) -> Store:
+        if self._store is None or self._store_path != store:
+            self._store, self._store_path, self._parent = Store.open(store), store, None
+        return self._store
+
+    def copy(self, requests: list[CopyRequest]) -> None:
+        buffer = self._room()
+        wanted = sum(nr_pages_in(request.runs) for request in requests)
+        free = len(buffer.bytes) // PAGE_SIZE - self._used // PAGE_SIZE
+        if wanted > free:
+            requests, beyond = cut(requests, free)
+            self.read_and_encode(beyond)
+        buffer.touch(self._used + min(wanted, free) * PAGE_SIZE, self._pool)
+        jobs: list[tuple[CopyRequest, Runs, int]] = []
+        piece_pages = min(_PIECE_PAGES, -(-wanted // (2 * NR_THREADS)))
+        if wanted <= _ONE_THREAD_PAGES:
+            # the agent is busy with the target meanwhile: leave them a CPU
+            piece_pages = _ONE_THREAD_PAGES
+        for request in requests:
+            self._copied.append((request.obj, request.runs, self._used))
+            for piece in pieces(request.runs, piece_pages):
+                jobs.append((request, piece, self._used))
+                self._used += nr_pages_in(piece) * PAGE_SIZE
+        self._each(lambda job: read(job[0], job[1], buffer.bytes, job[2]), jobs, _pages_of_job)
+
+    def inherit(self, runs: Runs) -> None:
+        self._need().inherit(PRIVATE_OBJECT, pages_of(runs))
+
+    def encode(self) -> None:
+        builder, buffer = self._need(), self._room()
+        jobs: list[tuple[int, Runs, int]] = []
+        for obj, runs, offset in self._copied:
+            at = offset
+            for piece in pieces(runs, _ENCODE_PAGES):
+                jobs.append((obj, piece, at))
+                at += nr_pages_in(piece) * PAGE_SIZE
+
+        def add(job: tuple[int, Runs, int]) -> None:
+            size = nr_pages_in(job[1]) * PAGE_SIZE
+            builder.add_pages(job[0], pages_of(job[1]), buffer.bytes[job[2] : job[2] + size])
+
+        self._each(add, jobs, _pages_of_job)
+        self._empty()
+
+    def read_and_encode(self, requests: list[CopyRequest]) -> None:
+        builder = self._need()
+        jobs = [(request, piece) for request in requests for piece in pieces(request.runs, _ENCODE_PAGES)]
+
+        def work(job: tuple[CopyRequest, Runs]) -> None:
+            request, piece = job
+            # one buffer a thread: a new one each time would be touched anew page by page
+            if not hasattr(local, "buffer"):
+                local.buffer = np.empty(_ENCODE_PAGES * PAGE_SIZE, dtype=np.uint8)
+            size = nr_pages_in(piece) * PAGE_SIZE
+            read(request, piece, local.buffer, 0)
+            builder.add_pages(request.obj, pages_of(piece), local.buffer[:size])
+
+        local = threading.local()
+        self._each(work, jobs, _pages_of_job)
+
+    def commit(self, meta: dict[str, Any], state: bytes) -> dict[str, Any]:
+        builder = self._need()
+        counts, nr_inherited = builder.counts, builder.nr_inherited
+        info = builder.commit(meta=meta, state=state)
+        self._builder = None
+        self.writing.clear()
+        if self._store is not None:
+            self._parent = None
+            # most likely the next parent: its index is warm then; the image is durable whatever becomes of this
+            with contextlib.suppress(CheckpointError, OSError):
+                self._parent = self._store.load(info.id)
+        return {
+            **info.to_dict(),
+            "pages_zero": counts.zero,
+            "pages_same": counts.same,
+            "pages_written": counts.written,
+            "nr_inherited": nr_inherited,
+        }
+
+    def abort(self) -> None:
+        if self._builder is not None:
+            self._builder.abort()
+            self._builder = None
+        self.writing.clear()
+        self._empty()
+
+    def _need(self) -> ImageBuilder:
+        if self._builder is None:
+            raise CheckpointError("no image is being written")
+        return self._builder
+
+    def _room(self) -> PageBuffer:
+        if self._buffer is None:
+            self._buffer = PageBuffer(self._buffer_bytes)
+        return self._buffer
+
+    def _empty(self) -> None:
+        self._copied, self._used = [], 0
+        if self._buffer is not None:
+            self._buffer.shrink(KEPT_BYTES)
+
+    def _each(self, work: Callable[[Any], None], jobs: list[Any], size: Callable[[Any], int]) -> None:
+        """Do the jobs, telling how far they are; none is under way any more when this returns or raises.
+
+        Raises:
+            Cancelled: the agent said stop.
+        """
+        if len(jobs) == 1:
+            work(jobs[0])
+            return
+        futures = {self._pool.submit(work, job): size(job) for job in jobs}
+        done, total, told_at = 0, sum(futures.values()), time.monotonic()
+        try:
+            for future in as_completed(futures):
+                future.result()
+                done += futures[future]
+                tracepoint.hit("worker.piece_done")
+                now = time.monotonic()
+                if now - told_at >= _PROGRESS_INTERVAL_S:
+                    told_at = now
+                    self._connection.send(("progress", (done, total)))
+                if self._connection.poll():  # nothing but "stop" comes now
+                    self._connection.recv()
+                    raise Cancelled("the agent stopped it")
+        except Exception as first:
+            for future in futures:
+                future.cancel()
+            wait(futures)  # what still runs writes into the buffer
+            # one that met a builder another one had broken may come first: the cause is what the user needs
+            found = [f.exception() for f in futures if not f.cancelled()]
+            raise next((e for e in found if isinstance(e, CheckpointError)), first) from None
+
+
+def _pages_of_job(job: tuple[Any, ...]) -> int:
+    return nr_pages_in(job[1])
+
+
+def _guard(agent_pidfd: int, agent_pid: int, writing: threading.Event) -> None:
+    """Kill the agent when it is found stopped twice in a row while an image is being written."""
+    suspect = False
+    while True:
+        if not writing.is_set():
+            suspect = False
+            writing.wait()
+        time.sleep(_STOPPED_CHECK_S)
+        try:
+            stopped = read_stat(agent_pid).state in "tT"
+            if stopped and suspect and writing.is_set():
+                signal.pidfd_send_signal(agent_pidfd, signal.SIGKILL)
+        except (OSError, ValueError):
+            return  # it is gone
+        suspect = stopped
+
+
+def serve(fd: int, buffer_bytes: int) -> None:
+    """Answer until the agent is gone."""
+    connection = Connection(fd)
+    server = PageServer(connection, buffer_bytes)
+    agent_pid = os.getppid()
+    with contextlib.suppress(OSError):  # gone already: the first recv says so
+        args = (os.pidfd_open(agent_pid), agent_pid, server.writing)
+        threading.Thread(target=_guard, args=args, name="guard", daemon=True).start()
+    while True:
+        try:
+            operation, args = connection.recv()
+        except (EOFError, OSError):
+            break
+        if operation == "stop":  # it crossed with the answer
+            continue
+        try:
+            answer = ("ok", getattr(server, operation)(*args))
+        except CheckpointError as error:
+            answer = ("error", error.to_dict())
+        except Exception as error:
+            answer = ("error", CheckpointError(f"{operation}: {type(error).__name__}: {error}").to_dict())
+        try:
+            connection.send(answer)
+        except OSError:
+            break
+    server.abort()
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), int(sys.argv[2]))
