@@ -34,15 +34,14 @@ from checkpointd.dump.division import (
     split_for_fork,
     with_guards,
 )
+from checkpointd.dump.limits import Limits, Report
 from checkpointd.dump.options import DumpOptions
 from checkpointd.dump.page_reading import CopyRequest
 from checkpointd.dump.pages import Heard, PageWorker
 from checkpointd.dump.targets import KnownAlone, is_watched, written_beside
 from checkpointd.errors import (
     Busy,
-    Cancelled,
     CheckpointError,
-    FrozenTooLong,
     ImageDamaged,
     ImageNotFound,
     TargetExeced,
@@ -84,15 +83,13 @@ _SPARE_PAGES = 1024  # dirtied between the count before the freeze and the freez
 
 __all__ = ["DumpOptions", "Dumper", "dumper"]
 
-Report = Callable[[str, int, int], None]
-"""(phase, done, total)"""
-
 
 @dataclass
 class _Work:
     """One dump under way."""
 
     stats: DumpStats
+    limits: Limits
     copies: list[CopyRequest] = field(default_factory=list)
     clean: Runs = field(default_factory=lambda: NO_RUNS)
     state: ImageState | None = None
@@ -190,7 +187,8 @@ class Dumper:
 
     def _dump(self, options: DumpOptions, report: Report) -> DumpStats:
         parent, why_full = self._parent_of(options)
-        work = _Work(DumpStats(pid=self.pid, parent_id=parent, incremental=bool(parent)))
+        stats = DumpStats(pid=self.pid, parent_id=parent, incremental=bool(parent))
+        work = _Work(stats, Limits(self.pid, options, self._is_cancelled))
         if why_full:
             work.stats.warnings.append(why_full)
         self._begin(options, work)
@@ -203,7 +201,7 @@ class Dumper:
             work.huge = huge_runs(self.pid, work.maps_draft.vmas)
             report("freezing", 0, 0)
             tracepoint.hit("dump.freeze")
-            with freeze(self.pid, timeout_s=self._freeze_timeout(options)) as frozen:
+            with freeze(self.pid, timeout_s=work.limits.freeze_timeout_s()) as frozen:
                 work.stats.freezing_time = frozen.freezing_time_us
                 copy = self._frozen(frozen, options, parent, work, report)
                 if options.kill:
@@ -307,7 +305,7 @@ class Dumper:
         work.stats.nr_vmas, work.stats.nr_threads = len(space.vmas), len(frozen.threads)
         self._check_budget(frozen, options, work)
         report("copying", 0, 0)
-        heard = self._while_frozen(frozen, options, report)
+        heard = work.limits.while_frozen(frozen, report)
         self._worker.finish_copy(heard)
         stopped = work.copies
         if copy is not None:
@@ -422,70 +420,18 @@ class Dumper:
         return options.read_mode == "fork" or (self._forks and fork_pays(nr_dirty, nr_present))
 
     def _check_budget(self, frozen: Frozen, options: DumpOptions, work: _Work) -> None:
-        """Refuse to copy what cannot be copied in time: better now than half-way."""
-        now = time.monotonic_ns()
-        self._check_cancelled()
-        self._check_deadline(options, now)
-        if options.max_frozen_us:
-            forked = work.stats.read_mode == "fork" or self._wants_fork(options, work)
-            nr_bytes = 0 if forked else sum(nr_pages_in(request.runs) for request in work.copies) * 4096
-            expected_us = (now - frozen.frozen_at_ns) // 1000 + nr_bytes // 4000  # 4 GB/s
-            if expected_us > options.max_frozen_us:
-                raise FrozenTooLong(
-                    f"process {self.pid} would be frozen for about {expected_us // 1000} ms, "
-                    f"longer than the {options.max_frozen_us // 1000} ms allowed; it runs on",
-                    hint="allow more with --max-frozen, or dump incrementally so that less has to be copied",
-                    pid=self.pid,
-                )
-
-    def _while_frozen(self, frozen: Frozen, options: DumpOptions, report: Report) -> Heard:
-        """Looks at every limit while the worker reads: the guess of `_check_budget` may have been too good."""
-
-        def heard(done: int, total: int) -> None:
-            now = time.monotonic_ns()
-            self._check_cancelled()
-            self._check_deadline(options, now)
-            frozen_us = (now - frozen.frozen_at_ns) // 1000
-            if options.max_frozen_us and frozen_us > options.max_frozen_us:
-                raise FrozenTooLong(
-                    f"process {self.pid} was frozen for {frozen_us // 1000} ms and only {done} of {total} pages "
-                    f"were read, with {options.max_frozen_us // 1000} ms allowed; it runs on",
-                    hint="allow more with --max-frozen, or dump incrementally so that less has to be copied",
-                    pid=self.pid,
-                )
-            report("copying", done * PAGE_SIZE, total * PAGE_SIZE)
-
-        return heard
-
-    def _check_cancelled(self) -> None:
-        if self.cancelled():
-            raise Cancelled(
-                f"the dump of process {self.pid} was cancelled; the process runs on", pid=self.pid
-            )
-
-    def _check_deadline(self, options: DumpOptions, now_ns: int) -> None:
-        if options.deadline_ns and now_ns > options.deadline_ns:
-            raise FrozenTooLong(
-                f"the deadline passed while process {self.pid} was frozen; it runs on",
-                hint="allow it more time with --timeout",
-                pid=self.pid,
-            )
+        forked = work.stats.read_mode == "fork" or self._wants_fork(options, work)
+        nr_pages = 0 if forked else sum(nr_pages_in(request.runs) for request in work.copies)
+        work.limits.check_budget(frozen, nr_pages)
 
     # -- after the thaw
-
-    def _after_thaw(self, phase: str, report: Report) -> Heard:
-        def heard(done: int, total: int) -> None:
-            self._check_cancelled()
-            report(phase, done * PAGE_SIZE, total * PAGE_SIZE)
-
-        return heard
 
     def _read_copy(self, copy: ForkedCopy, work: _Work, report: Report) -> None:
         report("reading the copy", 0, 0)
         at = time.monotonic_ns()
         for request in work.copies:
             check_complete(request)
-        self._worker.read_and_encode(work.copies, self._after_thaw("reading the copy", report))
+        self._worker.read_and_encode(work.copies, work.limits.after_thaw("reading the copy", report))
         work.mark("reading the copy", at)
         # its memory goes while the image is committed; `close` waits for it
         os.kill(copy.pid, signal.SIGKILL)
@@ -495,11 +441,11 @@ class Dumper:
         at = time.monotonic_ns()
         if parent and len(work.clean):
             self._worker.inherit(work.clean)
-        self._worker.encode(self._after_thaw("encoding", report))
+        self._worker.encode(work.limits.after_thaw("encoding", report))
         at = work.mark("encoding", at)
         nr_bytes = work.stats.pages_dirty * PAGE_SIZE
         report("encoding", nr_bytes, nr_bytes)
-        self._check_cancelled()
+        work.limits.check_cancelled()
         report("committing", 0, 0)
         tracepoint.hit("dump.commit")
         stats = work.stats
@@ -535,6 +481,9 @@ class Dumper:
             frozen.reap_copy(copy)
 
     # -- small things
+
+    def _is_cancelled(self) -> bool:
+        return self.cancelled()  # which may be set while a dump is under way
 
     def _make_tracker(self, backend: str, remote: Remote) -> None:
         if self._tracker is not None and needs_switch_off(self._tracker):
@@ -572,14 +521,6 @@ class Dumper:
         except (FileNotFoundError, ProcessLookupError) as error:
             raise TargetGone(f"process {self.pid} is gone", pid=self.pid) from error
         return nr_dirty
-
-    def _freeze_timeout(self, options: DumpOptions) -> float:
-        timeout_s = 5.0
-        if options.deadline_ns:
-            timeout_s = min(timeout_s, (options.deadline_ns - time.monotonic_ns()) / 1e9)
-            if timeout_s <= 0:
-                raise FrozenTooLong("the deadline passed before the freeze", pid=self.pid)
-        return timeout_s
 
     def _check_same_process(self) -> None:
         if process.read_stat(self.pid).starttime != self.identity.start_time:
