@@ -17,6 +17,7 @@ from typing import Any
 
 from checkpointd.client import connect
 from checkpointd.client.autostart import is_listening
+from tests import abilities
 
 FAKE_AGENT = Path(__file__).parent / "programs" / "fake_agent_program.py"
 PATIENCE_S = 60.0
@@ -114,6 +115,21 @@ class House:
             with contextlib.suppress(Exception), self.client() as client:
                 os.kill(client.version()["pid"], signal.SIGTERM)
             wait_until(lambda: not self.socket.exists() or not is_listening(self.socket), "the service's end")
+
+
+@contextlib.contextmanager
+def house_of_real_agents(directory: Path) -> Iterator[House]:
+    """A house whose service starts real agents."""
+    abilities.require("ptrace", "pagemap_scan")
+    found = House(directory)
+    del found.environ["CHECKPOINTD_AGENT"]
+    found.serve()
+    try:
+        checked = found.checkpoint("check", "--json")
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        yield found
+    finally:
+        found.close()
 
 
 @contextlib.contextmanager

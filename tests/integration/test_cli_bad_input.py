@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service_harness import House, is_gone, wait_until
+from tests.service_harness import House, house_of_real_agents, is_gone, wait_until
 
 # counts in a file, so that one can see that it goes on
 PROGRAM = """
@@ -39,15 +39,8 @@ while True:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    found = House(tmp_path_factory.mktemp("house"))
-    del found.environ["CHECKPOINTD_AGENT"]
-    found.serve()
-    checked = found.checkpoint("check", "--json")
-    if checked.returncode != 0:
-        found.close()
-        pytest.skip(f"this machine does not allow it: {checked.stdout}{checked.stderr}")
-    yield found
-    found.close()
+    with house_of_real_agents(tmp_path_factory.mktemp("house")) as found:
+        yield found
 
 
 class Target:

@@ -26,7 +26,6 @@ from checkpointd.restore.restorer import RestoreOptions
 from checkpointd.restore.stub import Stub
 from checkpointd.state.files import FilesOptions
 from checkpointd.state.memory import VmaState
-from checkpointd.target.process import process_blockers
 from checkpointd.target.remote import Call
 from checkpointd.tracepoint import clear, register
 from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore, wait_gone
@@ -462,92 +461,6 @@ def test_process_killed_while_it_is_rebuilt(killed: Captured, program: Program) 
 
 
 # ---- what cannot be saved
-
-
-def blockers_of(code: str) -> list[str]:
-    """Of a Python child that has run `code`."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"{code}\nimport time\nprint('ready', flush=True)\ntime.sleep(60)"],
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        return process_blockers(child.pid)
-    finally:
-        child.kill()
-        child.communicate()
-
-
-def test_an_ordinary_program_has_no_blockers() -> None:
-    assert blockers_of("") == []
-
-
-def test_namespaces_and_seccomp_are_blockers_named_together() -> None:
-    code = (
-        "import ctypes, struct, os\nlibc = ctypes.CDLL(None)\n"
-        "libc.unshare(0x04000000)\n"  # CLONE_NEWUTS
-        "prog = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0x7fff0000))\n"
-        "fprog = struct.pack('HxxxxxxQ', 1, ctypes.addressof(prog))\n"
-        "libc.prctl(38, 1, 0, 0, 0)\nassert libc.prctl(22, 2, fprog, 0, 0) == 0"
-    )
-    text = " ".join(blockers_of(code))
-    assert "uts namespace" in text
-    assert "seccomp" in text
-
-
-def test_secret_memory_is_a_blocker() -> None:
-    code = "import ctypes, mmap\nfd = ctypes.CDLL(None).syscall(447, 0)\n" + (
-        "import os\nos.ftruncate(fd, 4096)\nm = mmap.mmap(fd, 4096)" if _has_secretmem() else ""
-    )
-    if not _has_secretmem():
-        pytest.skip("no memfd_secret")
-    assert any("secret" in one for one in blockers_of(code))
-
-
-@pytest.mark.parametrize("call,word", [("65, 1", "MDWE"), ("26, 2", "PR_SET_TSC")])
-def test_what_only_the_process_can_be_asked_is_refused_in_the_freeze(call: str, word: str) -> None:
-    # a program that runs on: the clock of a Python without time stamp counter would kill it
-    code = f"import ctypes; libc = ctypes.CDLL(None); assert libc.prctl({call}, 0, 0, 0) == 0; print('r', flush=True)\n"
-    child = subprocess.Popen(
-        [sys.executable, "-c", code + "while True: libc.usleep(1000)"], stdout=subprocess.PIPE
-    )
-    try:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"r\n"
-        with pytest.raises(Unsupported, match=word):
-            capture(child.pid)
-        assert read_stat(child.pid).state in "SR"
-        assert child.poll() is None
-    finally:
-        child.kill()
-        child.communicate()
-
-
-def _has_secretmem() -> bool:
-    import ctypes
-
-    fd = ctypes.CDLL(None).syscall(447, 0)
-    if fd >= 0:
-        os.close(fd)
-    return bool(fd >= 0)
-
-
-def test_a_32_bit_program_is_a_blocker(tmp_path: Path) -> None:
-    source = tmp_path / "t.c"
-    source.write_text('void _start(void) { for (;;) __asm__ volatile("int $0x80" :: "a"(29)); }')
-    built = subprocess.run(
-        ["gcc", "-m32", "-nostdlib", "-static", "-fno-pie", "-no-pie", "-o", tmp_path / "t", source],
-        capture_output=True,
-    )
-    if built.returncode:
-        pytest.skip("no 32-bit compiler")
-    child = subprocess.Popen([tmp_path / "t"])
-    try:
-        assert any("32-bit" in one for one in process_blockers(child.pid))
-    finally:
-        child.kill()
-        child.wait()
 
 
 def test_many_pages_are_written_by_several_threads(tmp_path: Path) -> None:

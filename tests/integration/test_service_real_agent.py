@@ -18,7 +18,7 @@ import pytest
 from checkpointd import errors
 from checkpointd.agent.protocol import RestoreArgs
 from checkpointd.agent.restoring import restore
-from tests.service_harness import House, is_gone, wait_until
+from tests.service_harness import House, house_of_real_agents, is_gone, wait_until
 
 PROGRAM = f"""  # of test run {os.getpid()}
 import sys
@@ -35,15 +35,8 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    found = House(tmp_path_factory.mktemp("house"))
-    del found.environ["CHECKPOINTD_AGENT"]
-    found.serve()
-    checked = found.checkpoint("check", "--json")
-    if checked.returncode != 0:
-        found.close()
-        pytest.skip(f"this machine does not allow it: {checked.stdout}{checked.stderr}")
-    yield found
-    found.close()
+    with house_of_real_agents(tmp_path_factory.mktemp("house")) as found:
+        yield found
 
 
 class Target:
