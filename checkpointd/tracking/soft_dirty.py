@@ -47,6 +47,7 @@ from checkpointd.memory import (
 from checkpointd.procfs import clear_refs, ksm, maps
 from checkpointd.tracking.base import Collection, Space, TrackingLostError
 from checkpointd.tracking.canary import Canary
+from checkpointd.tracking.epoch import Epochs
 from checkpointd.tracking.presence import PresentRegions, Sight, look
 from checkpointd.tracking.presence_words import MAYBE_ZERO
 
@@ -106,9 +107,7 @@ class SoftDirtyTracker:
         self._barrier = MergeBarrier(self._register)
         self._canary = Canary(pid)
         self._ksm: ksm.KsmActivity | None = None
-        self._base: Runs = NO_RUNS  # what held data at the last committed collection
-        self._carried: Runs = NO_RUNS  # reported by collections that were rolled back
-        self._pending: tuple[Runs, Runs] | None = None
+        self._epochs = Epochs()
 
     def collect(self, space: Space) -> Collection:
         # flags of this very moment: `sd`, `mg` and `uw` change without a trace in maps
@@ -116,12 +115,14 @@ class SoftDirtyTracker:
         present = look(space, self._sight, soft_dirty=True)
         data = merge_runs(present.runs)
         trusted = self._trusted(space, vmas, present)
-        lost = len(self._base) > 0 and not self._canary.sings(vmas, space.pagemap)
+        lost = len(self._epochs.base) > 0 and not self._canary.sings(vmas, space.pagemap)
         worked = self._ksm is not None and not ksm.was_idle(self._ksm, ksm.read_activity())
         is_dirty = (present.categories & np.uint64(ps.PAGE_IS_SOFT_DIRTY)) != 0
-        clean = NO_RUNS if lost or worked else self._clean(space, present.runs[trusted & ~is_dirty])
+        clean = NO_RUNS
+        if not (lost or worked):
+            clean = self._epochs.clean(present.runs[trusted & ~is_dirty], space.always_dirty)
         dirty = subtract_runs(data, clean)
-        self._pending = (data, dirty)
+        self._epochs.close(data, dirty)
         self._begin_epoch(space, vmas)
         if lost:
             raise TrackingLostError(
@@ -138,15 +139,10 @@ class SoftDirtyTracker:
         )
 
     def commit(self) -> None:
-        if self._pending is not None:
-            self._base = self._pending[0]
-            self._carried = NO_RUNS
-            self._pending = None
+        self._epochs.commit()
 
     def rollback(self) -> None:
-        if self._pending is not None:
-            self._carried = merge_runs(np.concatenate((self._carried, self._pending[1])))
-            self._pending = None
+        self._epochs.rollback()
 
     def disarm(self) -> None:
         if self._fd >= 0:
@@ -154,12 +150,6 @@ class SoftDirtyTracker:
             self._fd = -1
 
     # -- which clean bits are believed
-
-    def _clean(self, space: Space, candidates: Runs) -> Runs:
-        clean = intersect_runs(merge_runs(candidates), self._base)
-        for unsafe in (self._carried, space.always_dirty):
-            clean = subtract_runs(clean, unsafe)
-        return clean
 
     def _trusted(self, space: Space, vmas: list[Vma], present: PresentRegions) -> npt.NDArray[np.bool_]:
         """For each region: would a clean bit mean unchanged?"""

@@ -44,6 +44,7 @@ from checkpointd.memory import (
     subtract_runs,
 )
 from checkpointd.tracking.base import Collection, Space, TrackingLostError
+from checkpointd.tracking.epoch import Epochs
 from checkpointd.tracking.presence import PresentRegions, anonymous_only, holding_data, scan_presence
 
 FEATURES = uffd.FEATURE_WP_ASYNC | uffd.FEATURE_WP_UNPOPULATED | uffd.FEATURE_WP_HUGETLBFS_SHMEM
@@ -81,10 +82,8 @@ class UffdWpTracker:
         self._fd = fd
         self._has_guard_category = has_guard_category
         self._holes_are_written = holes_are_written
-        self._base: Runs = NO_RUNS  # what held data at the last committed collection
+        self._epochs = Epochs()
         self._seen: Runs = NO_RUNS  # what held data at the last collection, committed or not
-        self._carried: Runs = NO_RUNS  # reported by collections that were rolled back
-        self._pending: tuple[Runs, Runs] | None = None  # (data, dirty) of the collection not yet decided
         self._lost = False
 
     def collect(self, space: Space) -> Collection:
@@ -100,23 +99,26 @@ class UffdWpTracker:
         written = self._written(space, sorted(known))
 
         unchanged = subtract_runs(intersect_runs(self._seen, _ranges(space.vmas, known)), written.seen)
-        clean = _union(self._clean(space, present, foreign), intersect_runs(unchanged, self._base))
-        for unsafe in (self._carried, space.always_dirty):
-            clean = subtract_runs(clean, unsafe)
+        armed = _union(self._armed(space, present, foreign), unchanged)
+        # on kernels that leave stale write-protect bits after mremap a moved page may look armed: only the base decides
+        clean = self._epochs.clean(armed, space.always_dirty)
         data = _union(present.runs, written.present.runs, unchanged)
         dirty = subtract_runs(data, clean)
-        self._pending, self._seen = (data, dirty), data
+        self._seen = data
+        self._epochs.close(data, dirty)
         try:
             self._lift_stale(space, present, foreign)
             tracepoint.hit("track.lifted")
             late = self._arm(space, dirty, foreign)
         except BaseException:
             # what was armed is not known: nothing is clean until a collection has looked at everything
-            self._base = self._seen = NO_RUNS
+            self._seen = NO_RUNS
+            self._epochs.forget()
             raise
         if len(late):
             dirty, data, clean = _union(dirty, late), _union(data, late), subtract_runs(clean, late)
-            self._pending, self._seen = (data, dirty), data
+            self._seen = data
+            self._epochs.close(data, dirty)
         tracepoint.hit("track.armed")
         return Collection(
             clean=clean,
@@ -171,15 +173,10 @@ class UffdWpTracker:
         return intersect_runs(merge_runs(runs), self._seen)
 
     def commit(self) -> None:
-        if self._pending is not None:
-            self._base = self._pending[0]
-            self._carried = NO_RUNS
-            self._pending = None
+        self._epochs.commit()
 
     def rollback(self) -> None:
-        if self._pending is not None:
-            self._carried = merge_runs(np.concatenate((self._carried, self._pending[1])))
-            self._pending = None
+        self._epochs.rollback()
 
     def disarm(self) -> None:
         if self._fd >= 0:
@@ -188,8 +185,9 @@ class UffdWpTracker:
             self._fd = -1
             tracepoint.hit("untrack.done")
 
-    def _clean(self, space: Space, present: PresentRegions, foreign: set[int]) -> Runs:
-        if len(self._base) == 0:
+    def _armed(self, space: Space, present: PresentRegions, foreign: set[int]) -> Runs:
+        """Pages of watched VMAs that nobody has written to since they were armed."""
+        if len(self._epochs.base) == 0:
             return NO_RUNS
         trackable = np.array(
             [vma.kind is VmaKind.ANON and n not in foreign for n, vma in enumerate(space.vmas)], dtype=bool
@@ -197,9 +195,7 @@ class UffdWpTracker:
         armed = (present.categories & np.uint64(ps.PAGE_IS_WPALLOWED | ps.PAGE_IS_WRITTEN)) == np.uint64(
             ps.PAGE_IS_WPALLOWED
         )
-        clean = merge_runs(present.runs[armed & trackable[present.vma]])
-        # on kernels that leave stale write-protect bits after mremap a moved page may look armed
-        return intersect_runs(clean, self._base)
+        return merge_runs(present.runs[armed & trackable[present.vma]])
 
     def _register(self, vmas: tuple[Vma, ...]) -> set[int]:
         """Register what can be; the indices of VMAs that belong to somebody else's userfaultfd."""
