@@ -51,6 +51,7 @@ from checkpointd.restore.surroundings import schedule, set_limits, set_program, 
 from checkpointd.state.files import FilesOptions, SharedMemory
 from checkpointd.state.process import ImageState, ProcessState
 from checkpointd.state.threads import Credentials
+from checkpointd.target.registers import UserRegs
 from checkpointd.target.remote import Call
 from checkpointd.target.threads import RememberedSleep, SleepMemory
 from checkpointd.tracepoint import hit
@@ -467,7 +468,8 @@ class _Restorer:
             sleep = thread.sleep
             if sleep is not None and not sleep.lost:
                 deadline = None if sleep.remaining_ns is None else now_ns + sleep.remaining_ns
-                found.sleeps[tids[thread.tid]] = RememberedSleep(sleep.nr, sleep.args, deadline)
+                rip = UserRegs.from_bytes(thread.regs).rip
+                found.sleeps[tids[thread.tid]] = RememberedSleep(sleep.nr, sleep.args, rip, deadline)
         return found
 
 

@@ -175,7 +175,7 @@ def wait_until_interruptible(pid: int, tids: list[int], deadline: float) -> set[
                     workers.add(tid)
                 break
             if time.monotonic() >= deadline:
-                raise uninterruptible(pid, [tid])
+                raise not_stopped(pid, [tid])
             time.sleep(0.001)
     return workers
 
@@ -219,10 +219,21 @@ def in_frozen_cgroup(pid: int) -> Busy:
     )
 
 
-def uninterruptible(pid: int, tids: list[int], **details: list[int]) -> Busy:
+def not_stopped(pid: int, tids: list[int], **details: list[int]) -> Busy:
+    """The error for threads that did not stop in time.  One that only waits for a CPU is no uninterruptible sleep."""
+    try:
+        starved = process.read_stat(pid, tids[0]).state == "R"
+    except (OSError, ValueError):
+        starved = False
+    if starved:
+        what = "got no CPU in time and could not be stopped"
+        hint = "the machine is overloaded; try again when less is running"
+    else:
+        what = "is in an uninterruptible sleep and cannot be stopped now"
+        hint = "it waits for a vfork child or for a device; try again when that is over"
     return Busy(
-        f"thread {tids[0]} of process {pid} is in an uninterruptible sleep and cannot be stopped now",
-        hint="it waits for a vfork child or for a device; try again when that is over",
+        f"thread {tids[0]} of process {pid} {what}",
+        hint=hint,
         pid=pid,
         tids=tids,
         **details,

@@ -349,7 +349,7 @@ def _wait_idle(frozen: Frozen, deadline: float) -> None:
             if state != "D":
                 break
             if time.monotonic() >= deadline:
-                raise attachable.uninterruptible(frozen.pid, [tid])
+                raise attachable.not_stopped(frozen.pid, [tid])
             time.sleep(0.0002)
 
 
@@ -470,7 +470,7 @@ def _give_up(frozen: Frozen, pending: set[int]) -> None:
         if not release(frozen.pid, tid, deadline=time.monotonic() + _LINGER_S):
             stragglers.append(tid)
         frozen._held.pop(tid, None)
-    error = attachable.uninterruptible(frozen.pid, sorted(pending))
+    error = attachable.not_stopped(frozen.pid, sorted(pending))
     linger_until = time.monotonic() + _LINGER_S
     while frozen._held and time.monotonic() < linger_until:
         for tid in tuple(frozen._held):
@@ -490,7 +490,7 @@ def _give_up(frozen: Frozen, pending: set[int]) -> None:
 
 def _still_attached(pid: int, tids: list[int]) -> Busy:
     _attached.update(tids)
-    return attachable.uninterruptible(pid, tids, stragglers=tids)
+    return attachable.not_stopped(pid, tids, stragglers=tids)
 
 
 def left_attached() -> frozenset[int]:

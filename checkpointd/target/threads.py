@@ -38,6 +38,7 @@ _FUTEX_WAIT = 0
 _NS_PER_MS = 1_000_000
 _NO_TIMEOUT = 1 << 31
 _CLEAR_AT, _DEATH_AT, _ANSWERS_BYTES = 24, 32, 40  # behind a stack_t
+_LONG_OVER_NS = 50 * _NS_PER_MS
 _MAX_CLOCK = 16  # clock ids are small, pointers are not
 
 Args = tuple[int, int, int, int, int, int]
@@ -45,11 +46,27 @@ Args = tuple[int, int, int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class RememberedSleep:
-    """A sleep as first seen: the call, and when it ends (CLOCK_MONOTONIC; None: its timeout is absolute)."""
+    """A sleep as first seen.
+
+    Attributes:
+        nr, args: the call.
+        rip: where the thread goes on behind it.
+        deadline_ns: when it ends (CLOCK_MONOTONIC); None: its timeout is absolute.
+    """
 
     nr: int
     args: Args
+    rip: int
     deadline_ns: int | None
+
+    def left_ns(self, now_ns: int) -> int | None:
+        """What is left of it; None: it should be long over, so this may be a later sleep in the same place.
+
+        A thread that got no CPU since it was let go still stands in the old one.  Nobody can tell the two apart.
+        """
+        if self.deadline_ns is None or self.deadline_ns < now_ns - _LONG_OVER_NS:
+            return None
+        return max(0, self.deadline_ns - now_ns)
 
 
 @dataclass
@@ -58,14 +75,10 @@ class SleepMemory:
 
     sleeps: dict[int, RememberedSleep] = field(default_factory=dict)
 
-    def recall(self, tid: int, args: Args, now_ns: int) -> RememberedSleep | None:
-        """The thread's sleep, when it can still be the same one."""
+    def recall(self, tid: int, args: Args, rip: int) -> RememberedSleep | None:
+        """The thread's sleep, when it is in the same call still, or again."""
         found = self.sleeps.get(tid)
-        if found is None or found.args != args:
-            return None
-        if found.deadline_ns is not None and found.deadline_ns < now_ns - 50 * _NS_PER_MS:
-            return None  # that one is long over
-        return found
+        return found if found is not None and (found.args, found.rip) == (args, rip) else None
 
     def keep_only(self, tids: Mapping[int, object]) -> None:
         self.sleeps = {tid: sleep for tid, sleep in self.sleeps.items() if tid in tids}
@@ -243,19 +256,23 @@ def _sleep_of(
     nr = regs.syscall_nr
     args: Args = (regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9)
     if nr == Nr.RESTART_SYSCALL:
-        known = memory.recall(tid, args, now_ns)
-        if known is not None:
-            left = None if known.deadline_ns is None else max(0, known.deadline_ns - now_ns)
+        known = memory.recall(tid, args, regs.rip)
+        if known is not None and known.deadline_ns is None:
+            return Sleep(known.nr, args, None)
+        if known is not None and (left := known.left_ns(now_ns)) is not None:
             return Sleep(known.nr, args, left)
-        if sleep_call is None:
+        if known is not None:
+            nr = known.nr
+        elif sleep_call is not None:
+            nr = sleep_call
+            if nr == Nr.NANOSLEEP and args[0] < _MAX_CLOCK:
+                nr = int(Nr.CLOCK_NANOSLEEP)
+        else:
             warnings.append(
                 f"thread {tid} sleeps in a call that cannot be told any more: restored, that call would end with "
                 "EINTR; if the program does not take that well, dump again once the thread has woken up"
             )
             return Sleep(nr, args, lost=True)
-        nr = sleep_call
-        if nr == Nr.NANOSLEEP and args[0] < _MAX_CLOCK:
-            nr = int(Nr.CLOCK_NANOSLEEP)
         elapsed_ns = None
     else:
         elapsed_ns = _elapsed(frozen, thread)
@@ -263,7 +280,7 @@ def _sleep_of(
     if left is None and not is_absolute:
         warnings.append(f"thread {tid}: how long it has slept is not known, its sleep starts anew at restore")
     else:
-        memory.sleeps[tid] = RememberedSleep(nr, args, None if left is None else now_ns + left)
+        memory.sleeps[tid] = RememberedSleep(nr, args, regs.rip, None if left is None else now_ns + left)
     return Sleep(nr, args, left)
 
 

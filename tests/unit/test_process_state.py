@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import struct
+from dataclasses import dataclass
+from typing import cast
+
 import pytest
 
 from checkpointd.errors import ImageDamaged
@@ -19,10 +23,12 @@ from checkpointd.state import codec
 from checkpointd.state.process import Limit
 from checkpointd.state.signals import PosixTimer, SignalAction, SignalsState
 from checkpointd.state.threads import AltStack, Credentials, Rseq, Scheduling, Sleep, ThreadState
+from checkpointd.target.freeze import Frozen, FrozenThread
 from checkpointd.target.process import _feature_blockers, parse_limits, vma_blockers
+from checkpointd.target.registers import UserRegs, word
 from checkpointd.target.remote import Call
 from checkpointd.target.signals import parse_timers
-from checkpointd.target.threads import RememberedSleep, SleepMemory
+from checkpointd.target.threads import RememberedSleep, SleepMemory, _sleep_of
 
 TIMERS = """ID: 3
 signal: 35/00007ffe00001092
@@ -177,15 +183,56 @@ def test_rights_that_are_missing_are_named() -> None:
     assert any("permitted" in reason for reason in found)
 
 
-def test_sleep_is_recalled_only_when_it_can_be_the_same() -> None:
+def test_sleep_is_recalled_only_in_the_same_place_of_the_program() -> None:
     args = (1, 2, 3, 4, 5, 6)
-    memory = SleepMemory({7: RememberedSleep(35, args, 10_000_000_000)})
-    assert memory.recall(7, args, 9_000_000_000) is not None
-    assert memory.recall(7, (0, 2, 3, 4, 5, 6), 9_000_000_000) is None
-    assert memory.recall(7, args, 11_000_000_000) is None  # that one has long ended
-    assert memory.recall(8, args, 0) is None
+    memory = SleepMemory({7: RememberedSleep(35, args, 0x1000, 10_000_000_000)})
+    assert memory.recall(7, args, 0x1000) is not None
+    assert memory.recall(7, (0, 2, 3, 4, 5, 6), 0x1000) is None
+    assert memory.recall(7, args, 0x1002) is None
+    assert memory.recall(8, args, 0x1000) is None
     memory.keep_only({8: None})
     assert not memory.sleeps
+
+
+def test_what_is_left_of_a_sleep_is_not_guessed_once_it_should_be_over() -> None:
+    sleep = RememberedSleep(35, (1, 2, 3, 4, 5, 6), 0x1000, 10_000_000_000)
+    assert sleep.left_ns(9_000_000_000) == 1_000_000_000
+    assert sleep.left_ns(10_010_000_000) == 0
+    assert sleep.left_ns(11_000_000_000) is None
+
+
+@dataclass
+class StarvedThread:
+    """What the capture of a sleep looks at: a thread that stands in restart_syscall since the last freeze."""
+
+    regs: UserRegs
+    pid: int = 7
+    tid: int = 7
+    frozen_at_ns: int = 11_000_000_000
+    blocked: None = None
+
+    @property
+    def mem(self) -> StarvedThread:
+        return self
+
+    def read(self, address: int, size_bytes: int) -> bytes:
+        assert address == 0x5000
+        return struct.pack("=qq", 3, 0)[:size_bytes]
+
+
+def test_thread_that_got_no_cpu_since_the_last_freeze_still_sleeps_in_its_call() -> None:
+    """Its sleep is long over on paper: forgetting the call would end it with EINTR."""
+    args = (0, 0, 0x5000, 0, 0, 0)
+    regs = UserRegs.from_bytes(bytes(27 * 8))
+    regs.orig_rax, regs.rax, regs.rip = int(Nr.RESTART_SYSCALL), word(-516), 0x1000
+    regs.rdx = 0x5000
+    memory = SleepMemory({7: RememberedSleep(int(Nr.CLOCK_NANOSLEEP), args, 0x1000, 10_000_000_000)})
+    starved, warnings = StarvedThread(regs), list[str]()
+    sleep = _sleep_of(cast(Frozen, starved), cast(FrozenThread, starved), memory, None, warnings)
+    assert sleep is not None
+    assert (sleep.nr, sleep.args, sleep.lost) == (Nr.CLOCK_NANOSLEEP, args, False)
+    assert sleep.remaining_ns is None  # starts anew: late, never early
+    assert "starts anew" in warnings[0]
 
 
 @pytest.mark.parametrize(
