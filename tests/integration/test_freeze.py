@@ -106,7 +106,10 @@ def test_threads_being_born_and_dying(start):
     target = start("births")
     for _ in range(100):
         with freeze(target.pid) as frozen:
-            assert set(_states(target.pid)) == set(frozen.threads)
+            states = _states(target.pid)
+            # one that has exited may be listed for a moment more: nobody can trace it, and it runs nothing
+            alive = {tid for tid, state in states.items() if state not in "XZ"}
+            assert alive == set(frozen.threads), states
     target.judge()
 
 
