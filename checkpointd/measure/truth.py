@@ -268,14 +268,19 @@ def _own_words(pagemap: int, mapping: Mapping) -> Iterator[tuple[U64, U64]]:
 
 
 def _data_pages(fd: int, size_bytes: int) -> U64:
+    """Pages that hold data, looked for twice: one that the kernel moves at that moment may look like a hole."""
+    return np.union1d(_look_for_data(fd, size_bytes), _look_for_data(fd, size_bytes))
+
+
+def _look_for_data(fd: int, size_bytes: int) -> U64:
     parts: list[U64] = []
     at = 0
     while at < size_bytes:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: no data behind `at`
+            at = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError:  # ENXIO: no data behind `at`; or a relative that runs has just cut the object
             break
-        at = os.lseek(fd, start, os.SEEK_HOLE)
         parts.append(np.arange(start // PAGE, -(-at // PAGE), dtype=np.uint64))
     return np.concatenate(parts) if parts else NO_PAGES
 

@@ -307,7 +307,10 @@ def data_extents(fd: int, size_bytes: int) -> Runs:
 def _look(fd: int, size_bytes: int) -> Runs:
     found, at = [], 0
     while (start := _next_data(fd, at, size_bytes)) < size_bytes:
-        end = os.lseek(fd, start, os.SEEK_HOLE)
+        try:
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError:  # ENXIO: a relative that runs has just cut the object
+            break
         first, last = start >> PAGE_SHIFT, (end + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT
         found.append((first, last - first))
         at = end

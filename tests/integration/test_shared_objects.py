@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
 from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.image.store import Store
-from checkpointd.memory import PAGE_SIZE, pages_of
+from checkpointd.measure.truth import _data_pages
+from checkpointd.memory import PAGE_SIZE, PageNumbers, pages_of
 from checkpointd.state import codec
 from checkpointd.state.memory import AddressSpace
 from checkpointd.target.memory import data_extents
@@ -97,4 +99,23 @@ def test_a_page_that_looked_like_a_hole_while_it_was_moved_is_found(monkeypatch,
     assert data_extents(fd, 2 * PAGE_SIZE).tolist() == [[0, 1]]
     os.ftruncate(fd, 0)
     assert data_extents(fd, 0).tolist() == []
+    os.close(fd)
+
+
+@pytest.mark.parametrize("pages_of_data", [lambda fd, size: pages_of(data_extents(fd, size)), _data_pages])
+def test_an_object_that_a_relative_cuts_while_it_is_looked_at(
+    pages_of_data: Callable[[int, int], PageNumbers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd = os.memfd_create("cut")
+    for page in (0, 4, 8):
+        os.pwrite(fd, b"x", page * PAGE_SIZE)
+    seek = os.lseek
+
+    def cut_before_the_second_hole(fd: int, at: int, how: int) -> int:
+        if how == os.SEEK_HOLE and at >= 4 * PAGE_SIZE:
+            os.ftruncate(fd, PAGE_SIZE)
+        return seek(fd, at, how)
+
+    monkeypatch.setattr(os, "lseek", cut_before_the_second_hole)
+    assert pages_of_data(fd, 9 * PAGE_SIZE).tolist() == [0]
     os.close(fd)
