@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from kernel_shim.limits import Headroom, read_max_map_count
 
 from checkpointd import features, tracepoint
+from checkpointd.dump.child import Heard
 from checkpointd.dump.division import (
     CopyLacksPagesError,
     check_complete,
@@ -37,7 +38,7 @@ from checkpointd.dump.division import (
 from checkpointd.dump.limits import Limits, Report
 from checkpointd.dump.options import DumpOptions
 from checkpointd.dump.page_reading import CopyRequest
-from checkpointd.dump.pages import Heard, PageWorker
+from checkpointd.dump.pages import PageWorker
 from checkpointd.dump.targets import KnownAlone, is_watched, written_beside
 from checkpointd.errors import (
     Busy,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from checkpointd.dump.child import Heard
 from checkpointd.dump.options import DumpOptions
-from checkpointd.dump.pages import Heard
 from checkpointd.errors import Cancelled, FrozenTooLong
 from checkpointd.memory import PAGE_SIZE
 from checkpointd.target.freeze import Frozen

@@ -4,15 +4,12 @@
 Why a process of its own: the one that traces must die fast (docs/decisions/0001-page-worker.md), and two copies
 of a target are large.  It reads while the target is frozen and compares after the thaw.
 
-One request at a time over a `multiprocessing.connection.Connection`, messages are pickles, both ends ours.  The
-agent going away is end of file: the reader exits.
+How the two talk is in checkpointd/dump/child.py.  The agent going away is end of file: the reader exits.
 """
 
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +19,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from checkpointd.dump.child import Child
 from checkpointd.errors import Busy, CheckpointError, FrozenTooLong, TargetGone
 from checkpointd.image.digest import digest_pages
 from checkpointd.image.format import BLOCK_PAGES
@@ -35,6 +33,10 @@ _LINE = 64
 BIT = " bit"
 """Ends the name of what is no backend: the kernel's soft-dirty bits believed as they are, beside the backend of that
 name, which knows when not to believe them."""
+_GONE = (
+    "the process that reads the target ended unexpectedly; the target runs on",
+    "look for an out-of-memory kill in the kernel log",
+)
 _HEAT_CELLS = 2048
 _HEAT_PAGES = 16
 
@@ -43,14 +45,7 @@ class ReaderProcess:
     """The agent's end."""
 
     def __init__(self, pid: int) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "checkpointd.measure.reader", str(theirs.fileno()), str(pid)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
-        self._connection = Connection(ours.detach())
+        self._child = Child(__name__, str(pid), gone=_GONE)
 
     def prepare(self) -> None:
         """Before the freeze: check that memory for two copies is there and touch the buffer.
@@ -58,11 +53,11 @@ class ReaderProcess:
         Raises:
             Busy: it is not.
         """
-        self._ask("prepare")
+        self._child.ask("prepare")
 
     def look(self, *, bits: bool = False) -> None:
         """In the freeze, before any tracker collects: the mappings, their flags and perhaps the soft-dirty bits."""
-        self._ask("look", bits)
+        self._child.ask("look", bits)
 
     def read(self, deadline_ns: int = 0) -> None:
         """In the freeze: all memory.
@@ -70,11 +65,11 @@ class ReaderProcess:
         Raises:
             FrozenTooLong: the deadline (CLOCK_MONOTONIC; 0: none) passed first.
         """
-        self._ask("read", deadline_ns)
+        self._child.ask("read", deadline_ns)
 
     def copy(self, runs: Runs) -> int:
         """In the freeze: read these pages as a dump would; the time in microseconds."""
-        nr_us: int = self._ask("copy", runs)
+        nr_us: int = self._child.ask("copy", runs)
         return nr_us
 
     def settle(self, reports: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -83,29 +78,11 @@ class ReaderProcess:
         Returns:
             Facts of the epoch, and the verdict on each report, as JSON values.
         """
-        found: tuple[dict[str, Any], list[dict[str, Any]]] = self._ask("settle", list(reports))
+        found: tuple[dict[str, Any], list[dict[str, Any]]] = self._child.ask("settle", list(reports))
         return found
 
     def close(self) -> None:
-        self._connection.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _ask(self, operation: str, *args: Any) -> Any:
-        try:
-            self._connection.send((operation, args))
-            kind, value = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise CheckpointError(
-                "the process that reads the target ended unexpectedly; the target runs on",
-                hint="look for an out-of-memory kill in the kernel log",
-            ) from error
-        if kind == "error":
-            raise CheckpointError.from_dict(value)
-        return value
+        self._child.close()
 
 
 class _Server:

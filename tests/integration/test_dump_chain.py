@@ -232,7 +232,7 @@ def test_what_the_buffer_cannot_hold_is_encoded_while_stopped(target, store, tmp
 
 
 def _worker_pid(dumper):
-    return dumper._worker._process.pid
+    return dumper._worker._child.pid
 
 
 @pytest.mark.parametrize(
