@@ -68,7 +68,7 @@ study: $(STAMP) ## measure real programs, write docs/savings.md (hours; goes on 
 soak: $(STAMP) ## kill agents and services 10,000 times (long; goes on where it was interrupted)
 	$(PY) -m tests.soak.run --kills 10000 $(ARGS)
 
-KERNELS = 6.12-stock 6.12-precise 6.1-stock 6.1-precise
+KERNELS = 6.12-precise 6.1-precise 6.12-stock 6.1-stock
 
 setup-lab: ## install what the kernel lab needs (kernel sources, QEMU, ...)
 	@tools/setup-lab
@@ -79,7 +79,7 @@ kernel: $(STAMP) setup-lab ## build the stock and the patched kernels (cached; 5
 vm: $(STAMP) setup-lab ## run CMD in a kernel of ours: make vm KERNEL=6.12-precise CMD="uname -r"
 	$(VMTEST) run $(KERNEL) --timeout 600 -- sh -c '$(CMD)'
 
-check-vm: kernel ## the tests that need these kernels, each kernel in a guest of its own
+check-vm: $(STAMP) setup-lab ## the tests that need these kernels (built on the way), each in a guest of its own
 	$(PY) -m tests.vm $(KERNELS) $(ARGS)
 
 clean: ## remove what was built

@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="the kernels there are, and which are built")
     build = actions.add_parser("build", help="build kernels that are not built yet, print their images")
-    build.add_argument("names", nargs="+", metavar="NAME", help=", ".join(kbuild.NAMES))
+    build.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(kbuild.NAMES)}, BASE-precise@N")
     build.add_argument("--jobs", type=int, default=2)
     run = actions.add_parser("run", help="run a command in a guest")
     run.add_argument("name", metavar="NAME", help="kernel; built first if necessary")

@@ -3,6 +3,7 @@
 
 A kernel is named ``BASE-FLAVOUR``: base ``6.12`` or ``6.1`` (Debian's ``linux-source-BASE`` package), flavour
 ``stock`` or ``precise`` (our patch series on top), with ``-debug`` behind it for the self-checking build.
+``BASE-precise@N`` has only the first N patches of the series: every one of them has to build and boot.
 
 The result is cached under ``$XDG_CACHE_HOME/checkpointd/kernels/<hash>/``. The hash covers everything that
 goes in: the version of the source package, every patch, every configuration fragment and the compiler. Two
@@ -11,6 +12,7 @@ builders of the same kernel wait for each other; a build that fails leaves its l
 Raises:
     BuildError: the sources cannot be had, a patch does not apply, or the compiler failed. The message
         names the step and, where there is one, the log.
+    BuildTimeout: a BuildError that says the time allowed was up; nothing of the build is left running.
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 HERE = Path(__file__).resolve().parent
 SHIM = HERE.parent
@@ -53,29 +58,50 @@ class BuildError(Exception):
     """A kernel could not be built; the message names the step that failed."""
 
 
+class BuildTimeout(BuildError):
+    """The time allowed was up before the kernel was there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One kernel of the lab, by name."""
+    """One kernel of the lab, by name.
+
+    Attributes:
+        nr_patches: as many patches of the series are applied; None for all of them.
+    """
 
     base: str
     patched: bool
     debug: bool
+    nr_patches: int | None = None
 
     @classmethod
     def parse(cls, name: str) -> Kernel:
         """Turn a name such as ``6.12-precise`` into a kernel.
 
         Raises:
-            BuildError: the name is none of ours.
+            BuildError: the name is none of ours, or its series has fewer patches than it asks for.
         """
-        if name not in NAMES:
-            raise BuildError(f"unknown kernel {name!r}; the lab knows {', '.join(NAMES)}")
-        base, flavour = name.split("-", 1)
-        return cls(base, flavour.startswith("precise"), flavour.endswith("-debug"))
+        whole, at, count = name.partition("@")
+        known = whole in NAMES and (
+            not at or (whole.endswith("-precise") and re.fullmatch("[1-9][0-9]*", count))
+        )
+        if not known:
+            raise BuildError(
+                f"unknown kernel {name!r}; the lab knows {', '.join(NAMES)}, and BASE-precise@N for the first N patches"
+            )
+        base, flavour = whole.split("-", 1)
+        kernel = cls(base, flavour.startswith("precise"), flavour.endswith("-debug"))
+        if not at:
+            return kernel
+        if int(count) > len(kernel.patches):
+            raise BuildError(f"{name}: the series for {base} has {len(kernel.patches)} patches")
+        return dataclasses.replace(kernel, nr_patches=int(count))
 
     @property
     def name(self) -> str:
-        return f"{self.base}-{'precise' if self.patched else 'stock'}{'-debug' if self.debug else ''}"
+        part = "" if self.nr_patches is None else f"@{self.nr_patches}"
+        return f"{self.base}-{'precise' if self.patched else 'stock'}{'-debug' if self.debug else ''}{part}"
 
     @property
     def patches(self) -> list[Path]:
@@ -83,7 +109,7 @@ class Kernel:
         if not self.patched:
             return []
         found = sorted((SHIM / "patches" / self.base).glob("[0-9][0-9][0-9][0-9]-*.patch"))
-        return [path for path in found if not path.name.startswith("0000-")]
+        return [path for path in found if not path.name.startswith("0000-")][: self.nr_patches]
 
     @property
     def fragments(self) -> list[Path]:
@@ -151,6 +177,8 @@ def digest(kernel: Kernel, version: str) -> str:
     state = hashlib.sha256()
     for part in (kernel.base, version, compiler.stdout):
         state.update(part.encode() + b"\0")
+    if kernel.nr_patches is not None:
+        state.update(kernel.name.encode() + b"\0")  # uname(2) tells it, so it is part of the image
     for path in kernel.patches:
         state.update(_compiled_part(path.read_bytes()) + b"\0")
     for path in kernel.fragments:
@@ -177,10 +205,37 @@ def cached_image(name: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, deadline: float) -> Iterator[None]:
     with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BuildTimeout(f"somebody else held {path} all the time") from None
+                time.sleep(0.5)
         yield
+
+
+def _run(command: list[str], directory: Path, output: BinaryIO, deadline: float) -> int:
+    """Run one step at low priority, its output to the log; return its exit status.
+
+    Raises:
+        BuildTimeout: the step was not done at `deadline`; all its processes were ended.
+    """
+    # a group of its own: make's compilers would go on without it
+    with subprocess.Popen(
+        ["nice", "-n", "10", *command], cwd=directory, stdin=subprocess.DEVNULL, stdout=output,
+        stderr=subprocess.STDOUT, process_group=0,
+    ) as process:  # fmt: skip
+        try:
+            return process.wait(None if deadline == float("inf") else max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise BuildTimeout("the time was up") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _unmet_options(fragments: list[Path], config: str) -> list[str]:
@@ -194,17 +249,19 @@ def _unmet_options(fragments: list[Path], config: str) -> list[str]:
     return sorted(line for line in wanted.values() if line not in have)
 
 
-def build(name: str, *, jobs: int = 2) -> Path:
+def build(name: str, *, jobs: int = 2, timeout_seconds: float = float("inf")) -> Path:
     """Return the path of the kernel image ``bzImage`` of ``name``, building it if nobody has yet.
 
     Args:
-        name: one of ``NAMES``.
+        name: one of ``NAMES``, or ``BASE-precise@N``.
         jobs: parallel compiler processes; the build runs at low priority.
+        timeout_seconds: for all of it, waiting for another builder too; installing packages comes on top.
 
     Raises:
         BuildError: see the module.
     """
     kernel = Kernel.parse(name)
+    deadline = time.monotonic() + timeout_seconds
     _require_tools()
     tarball, version = source_tarball(kernel.base)
     key = digest(kernel, version)
@@ -215,14 +272,13 @@ def build(name: str, *, jobs: int = 2) -> Path:
     if kernel.patched and not kernel.patches:
         raise BuildError(f"{kernel.name}: no patches in {SHIM / 'patches' / kernel.base}")
     cache_root().mkdir(parents=True, exist_ok=True)
-    with _locked(cache_root() / f"{key}.lock"):
-        if image.exists():
-            return image
-        _build_into(home, kernel, tarball, version, jobs)
+    with _locked(cache_root() / f"{key}.lock", deadline):
+        if not image.exists():
+            _build_into(home, kernel, tarball, version, jobs, deadline)
     return image
 
 
-def _build_into(home: Path, kernel: Kernel, tarball: Path, version: str, jobs: int) -> None:
+def _build_into(home: Path, kernel: Kernel, tarball: Path, version: str, jobs: int, deadline: float) -> None:
     began = time.monotonic()
     log = cache_root() / f"{home.name}.log"
     print(
@@ -237,11 +293,11 @@ def _build_into(home: Path, kernel: Kernel, tarball: Path, version: str, jobs: i
             def step(what: str, command: list[str]) -> None:
                 output.write(f"+ {' '.join(command)}\n".encode())
                 output.flush()
-                done = subprocess.run(
-                    ["nice", "-n", "10", *command], cwd=tree, stdin=subprocess.DEVNULL, stdout=output,
-                    stderr=subprocess.STDOUT, check=False,
-                )  # fmt: skip
-                if done.returncode:
+                try:
+                    status = _run(command, tree, output, deadline)
+                except BuildTimeout:
+                    raise BuildTimeout(f"{kernel.name}: the time was up while {what}, see {log}") from None
+                if status:
                     raise BuildError(f"{kernel.name}: {what} failed, see {log}")
 
             step("unpacking", ["tar", "-xf", str(tarball), "--strip-components=1"])

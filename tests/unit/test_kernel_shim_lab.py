@@ -34,6 +34,55 @@ def test_stock_kernels_get_no_patches_and_precise_ones_the_series_without_its_le
     assert [int(name[:4]) for name in names] == list(range(1, len(names) + 1))
 
 
+@pytest.mark.parametrize("base", kbuild.BASES)
+def test_first_patches_of_a_series_are_a_kernel_of_their_own(base: str) -> None:
+    whole = kbuild.Kernel.parse(f"{base}-precise")
+    keys = {kbuild.digest(whole, "1")}
+    for count in range(1, len(whole.patches) + 1):
+        kernel = kbuild.Kernel.parse(f"{base}-precise@{count}")
+        assert kernel.name == f"{base}-precise@{count}"
+        assert kernel.patches == whole.patches[:count]
+        keys.add(kbuild.digest(kernel, "1"))
+    assert len(keys) == 1 + len(whole.patches)
+
+
+@pytest.mark.parametrize(
+    "name", ["6.1-precise@0", "6.1-precise@", "6.1-precise@x", "6.1-stock@1", "6.1-precise@99"]
+)
+def test_part_of_a_series_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(kbuild.BuildError, match=name):
+        kbuild.Kernel.parse(name)
+
+
+def test_step_that_takes_too_long_is_ended_with_all_its_processes(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    words = ["sh", "-c", f"sleep 1000 & echo $! >{child}.part; mv {child}.part {child}; wait"]
+    with (tmp_path / "log").open("wb") as log:
+        assert kbuild._run(["sh", "-c", "exit 3"], tmp_path, log, float("inf")) == 3
+        with pytest.raises(kbuild.BuildTimeout):
+            kbuild._run(words, tmp_path, log, time.monotonic() + 5)
+    pid = int(child.read_text())
+    for _ in range(1000):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                break
+        except FileNotFoundError:
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the step's child still runs")
+
+
+def test_build_does_not_wait_for_another_builder_beyond_its_time(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with (
+        kbuild._locked(lock, float("inf")),
+        pytest.raises(kbuild.BuildTimeout, match="somebody else"),
+        kbuild._locked(lock, time.monotonic()),
+    ):
+        pytest.fail("two builders at once")
+
+
 def test_cache_key_depends_on_code_and_configuration_and_not_on_messages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
