@@ -13,8 +13,9 @@
     image.visit(write)                                 # the same, handed out on the reading threads
 
 files.py I/O and locks; layout.py the directory; format.py structures and limits; digest.py page digests; index.py
-extents; pack.py page data; imagefile.py one image's bytes; consolidate.py which old blocks a new image copies;
-verify.py, portable.py (export, import), refs.py (names), info.py (what `ls` shows).
+extents; pack.py page data; delta.py pages stored as differences; imagefile.py one image's bytes; columns.py and
+writers.py the index and the packs of an image in the making; consolidate.py which old blocks it copies; verify.py,
+portable.py (export, import), refs.py (names), info.py (what `ls` shows).
 
 The format is docs/image-format.md.
 """

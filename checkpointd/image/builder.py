@@ -2,9 +2,9 @@
 """Building one image: pages in, one durable commit at the end, nothing left behind otherwise.
 
 Page data goes to packs in the builder's own directory under `tmp/` as it comes; each of up to `threads` writers
-has a pack of its own (two threads writing one tmpfs or ext4 file would wait for each other).  The index grows in
-memory.  `commit` closes the packs, makes all durable, and the rename of the image file is the one commit point;
-before it no reader can see anything of the new image.
+has a pack of its own (writers.py).  The index grows in memory (columns.py).  `commit` closes the packs, makes all
+durable, and the rename of the image file is the one commit point; before it no reader can see anything of the new
+image.
 
 Order of commit (each step durable before the next when `sync`):
 packs written -> packs linked into packs/ -> image file written in tmp/ -> renamed into images/ -> tmp removed.
@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,32 +31,40 @@ import numpy.typing as npt
 
 from checkpointd import tracepoint
 from checkpointd.image import files, imagefile
-from checkpointd.image.consolidate import ConsolidationPolicy, blocks_to_copy
+from checkpointd.image.columns import NOTHING, Columns, checked_pages, locations_of, merge, renumbered
+from checkpointd.image.consolidate import ConsolidationPolicy, consolidate
+from checkpointd.image.delta import DeltaChooser, bases_of, difference
 from checkpointd.image.digest import Bytes, Digests, digest_pages, zero_digest, zero_pages
 from checkpointd.image.format import (
     BLOCK_PAGES,
+    DELTA_VERSION,
     FORMAT_VERSION,
-    LOCATION_SHIFT,
     MISSING_LOCATION,
-    ZERO_LOCATION,
     Compression,
 )
-from checkpointd.image.index import U64, ObjectIndex, index_of
+from checkpointd.image.index import NO_BASE_U64, U64, ObjectIndex, Places, no_bases, nowhere
 from checkpointd.image.info import ImageInfo, PageCounts, info_from_meta, now_rfc3339
 from checkpointd.image.pack import PackWriter
 from checkpointd.image.reader import Image
+from checkpointd.image.writers import Writers
 from checkpointd.memory import PAGE_SIZE, PageNumbers
 
 if TYPE_CHECKING:
     from checkpointd.image.store import Store
 
 T = TypeVar("T")
-_SHIFT = np.uint64(LOCATION_SHIFT)
-_ORDINAL = np.uint64((1 << LOCATION_SHIFT) - 1)
-_ZERO = np.uint64(ZERO_LOCATION)
 _MISSING = np.uint64(MISSING_LOCATION)
 _SEGMENT_PAGES = 4 * BLOCK_PAGES  # what one pool thread takes at a time
 _SPLIT_PAGES = 2 * _SEGMENT_PAGES  # a call with fewer pages is done on the calling thread
+
+
+@dataclass(frozen=True, slots=True)
+class _Deltas:
+    """Rows that became delta pages, where these lie, and their bases."""
+
+    rows: npt.NDArray[np.intp]
+    locations: U64
+    bases: U64
 
 
 class ImageBuilder:
@@ -75,6 +83,7 @@ class ImageBuilder:
         threads: int,
         policy: ConsolidationPolicy,
         confirm_same: bool,
+        delta: bool,
     ) -> None:
         self._store = store
         self._name = name
@@ -82,19 +91,23 @@ class ImageBuilder:
         self._lock_fd = lock_fd
         self._parent = parent
         self._compression = compression
+        self._delta = delta and parent is not None
         self._sync = sync
         self._nr_threads = max(1, threads)
         self._policy = policy
         self._confirm_same = confirm_same
         self._seed = store.digest_seed
         self._zero = zero_digest(self._seed)
-        self._nr_old_packs = len(parent.packs) if parent else 0
-        self._writers: list[PackWriter] = []
-        self._free: queue.LifoQueue[PackWriter] = queue.LifoQueue()
+        self._writers = Writers(
+            dir_fd,
+            compression,
+            first_number=len(parent.packs) if parent else 0,
+            limit=self._nr_threads,
+            sync=sync,
+        )
         self._mutex = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="image-flush") if sync else None
-        self._parts: dict[int, list[tuple[PageNumbers, U64]]] = {}
+        self._parts: dict[int, list[Columns]] = {}
         self._counts = PageCounts()
         self._nr_inherited = 0
         self._failed: BaseException | None = None
@@ -129,11 +142,12 @@ class ImageBuilder:
             How many were zero, the same as the parent's at the same place (by digest), or written.
 
         Raises:
+            ImageDamaged: a page of the parent that a delta is to be made from cannot be read.
             NoSpace: the disk is full; nothing but `abort` helps then.
             ValueError: pages not sorted, or the wrong amount of data.
         """
         self._check_open()
-        pages, flat = _checked_pages(obj, pages), np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        pages, flat = checked_pages(obj, pages), np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         if flat.nbytes != len(pages) * PAGE_SIZE:
             raise ValueError(f"{flat.nbytes} bytes of data for {len(pages)} pages")
         contents = flat.reshape(-1, PAGE_SIZE)
@@ -162,9 +176,10 @@ class ImageBuilder:
             ValueError: pages not sorted.
         """
         self._check_open()
-        pages = _checked_pages(obj, pages)
+        pages = checked_pages(obj, pages)
         with self._mutex:
-            self._parts.setdefault(obj, []).append((pages, np.full(len(pages), _ZERO, dtype=np.uint64)))
+            zeroes = np.full(len(pages), NOTHING, dtype=np.uint64)
+            self._keep(obj, pages, Places(zeroes, no_bases(len(pages))))
             self._counts += PageCounts(zero=len(pages))
 
     def inherit(self, obj: int, pages: PageNumbers) -> None:
@@ -175,14 +190,14 @@ class ImageBuilder:
             ValueError: pages not sorted.
         """
         self._check_open()
-        pages = _checked_pages(obj, pages)
-        locations = self._parent_locations(obj, pages)
-        missing = locations == _MISSING
+        pages = checked_pages(obj, pages)
+        places = self._parent_places(obj, pages)
+        missing = places.locations == _MISSING
         if missing.any():
             parent = f"parent {self._parent.id[:12]}" if self._parent else "no parent"
             raise KeyError(f"{parent} has page {int(pages[missing][0]):#x} of object {obj} to inherit")
         with self._mutex:
-            self._parts.setdefault(obj, []).append((pages, locations))
+            self._keep(obj, pages, places)
             self._nr_inherited += len(pages)
 
     def commit(self, *, meta: dict[str, Any], state: bytes) -> ImageInfo:
@@ -218,72 +233,99 @@ class ImageBuilder:
 
     def _add(self, obj: int, pages: PageNumbers, contents: Bytes) -> PageCounts:
         counts = PageCounts()
-        locations = np.full(len(pages), _ZERO, dtype=np.uint64)
-        parent_locations = self._parent_locations(obj, pages)
-        with self._writer() as (number, writer):
+        locations = np.full(len(pages), NOTHING, dtype=np.uint64)
+        places = Places(locations, no_bases(len(pages)))
+        parents = self._parent_places(obj, pages)
+        chooser = DeltaChooser(self._compression) if self._delta else None
+        with self._writers.take() as (number, writer):
             # Block by block, so that a page is hashed, compressed and written while the cache holds it.
             for at in range(0, len(pages), BLOCK_PAGES):
                 span = slice(at, at + BLOCK_PAGES)
                 chunk = contents[span]
                 digests = digest_pages(chunk, self._seed)
                 zero = zero_pages(chunk, digests, self._zero)
-                same = self._same(parent_locations[span], digests, chunk)
+                same = self._same(parents[span], digests, chunk)
                 same &= ~zero
-                locations[span][same] = parent_locations[span][same]
+                for column, theirs in (
+                    (places.locations, parents.locations),
+                    (places.bases, parents.bases),
+                ):
+                    column[span][same] = theirs[span][same]
                 gone = zero | same
                 nr_written = len(chunk) - int(np.count_nonzero(gone))
-                counts += PageCounts(int(np.count_nonzero(zero)), int(np.count_nonzero(same)), nr_written)
-                if nr_written == 0:
+                nr_delta = 0
+                if nr_written and chooser is not None:
+                    left = np.flatnonzero(~gone)
+                    made = self._add_deltas(number, writer, chooser, chunk, digests, left, parents[span])
+                    nr_delta = len(made.rows)
+                    locations[span][made.rows], places.bases[span][made.rows] = made.locations, made.bases
+                    gone[made.rows] = True
+                counts += PageCounts(
+                    int(np.count_nonzero(zero)), int(np.count_nonzero(same)), nr_written, nr_delta
+                )
+                nr_plain = nr_written - nr_delta
+                if nr_plain == 0:
                     continue
-                if nr_written == len(chunk):
+                if nr_plain == len(chunk):
                     first = writer.append(chunk, digests)
-                    locations[span] = _location(number, first, nr_written)
+                    locations[span] = locations_of(number, first, nr_plain)
                 else:
                     keep = np.flatnonzero(~gone)
                     first = writer.append(chunk, digests[keep], keep)
-                    locations[span][keep] = _location(number, first, nr_written)
+                    locations[span][keep] = locations_of(number, first, nr_plain)
         with self._mutex:
-            self._parts.setdefault(obj, []).append((pages, locations))
+            self._keep(obj, pages, places)
         return counts
 
-    def _same(self, parent_locations: U64, digests: Digests, contents: Bytes) -> npt.NDArray[np.bool_]:
+    def _add_deltas(
+        self,
+        number: int,
+        writer: PackWriter,
+        chooser: DeltaChooser,
+        chunk: Bytes,
+        digests: Digests,
+        left: npt.NDArray[np.intp],
+        parents: Places,
+    ) -> _Deltas:
+        """Write those pages of `chunk` at the rows `left` that are smaller as deltas; say which, and where."""
+        bases = bases_of(parents[left])
+        based = bases != NO_BASE_U64
+        left, bases = left[based], bases[based]
+        if len(left) == 0 or self._parent is None:
+            return _Deltas(left, bases, bases)
+        theirs = np.empty((len(left), PAGE_SIZE), dtype=np.uint8)
+        self._parent.read_stored(bases, theirs)
+        ours = chunk[left]
+        differences = difference(ours, theirs)
+        chosen = np.flatnonzero(chooser.choose(ours, differences))
+        rows = left[chosen]
+        if len(chosen) == 0:
+            return _Deltas(rows, bases[chosen], bases[chosen])
+        first = writer.append(differences, digests[rows], chosen, np.ones(len(chosen), dtype=bool))
+        return _Deltas(rows, locations_of(number, first, len(chosen)), bases[chosen])
+
+    def _keep(self, obj: int, pages: PageNumbers, places: Places) -> None:
+        """The mutex must be held."""
+        self._parts.setdefault(obj, []).append(Columns(pages, places))
+
+    def _same(self, parents: Places, digests: Digests, contents: Bytes) -> npt.NDArray[np.bool_]:
         """Which pages have the digest of the parent's page at the same place."""
-        same: npt.NDArray[np.bool_] = (parent_locations != _MISSING) & (parent_locations != _ZERO)
+        same: npt.NDArray[np.bool_] = (parents.locations != _MISSING) & (parents.locations != NOTHING)
         if same.any() and self._parent is not None:
             at = np.flatnonzero(same)
-            theirs = self._parent.digests_at(parent_locations[at])
+            theirs = self._parent.digests_at(parents.locations[at])
             same[at] = (theirs == digests[at]).all(axis=1)
             if self._confirm_same and same.any():
                 at = np.flatnonzero(same)
-                parents = np.empty((len(at), PAGE_SIZE), dtype=np.uint8)
-                self._parent.read_locations(parent_locations[at], parents)
-                same[at] = (parents == contents[at]).all(axis=1)
+                pages = np.empty((len(at), PAGE_SIZE), dtype=np.uint8)
+                self._parent.read_places(parents[at], pages)
+                same[at] = (pages == contents[at]).all(axis=1)
         return same
 
-    def _parent_locations(self, obj: int, pages: PageNumbers) -> U64:
+    def _parent_places(self, obj: int, pages: PageNumbers) -> Places:
         if self._parent is None or obj not in self._parent.index:
-            return np.full(len(pages), _MISSING, dtype=np.uint64)
+            return nowhere(len(pages))
         return self._parent.index[obj].locate(pages)
-
-    @contextlib.contextmanager
-    def _writer(self) -> Iterator[tuple[int, PackWriter]]:
-        """A pack writer for this thread alone, and its number among all packs."""
-        try:
-            writer = self._free.get_nowait()
-        except queue.Empty:
-            writer = self._new_writer() or self._free.get()
-        try:
-            yield self._nr_old_packs + self._writers.index(writer), writer
-        finally:
-            self._free.put(writer)
-
-    def _new_writer(self) -> PackWriter | None:
-        with self._mutex:
-            if len(self._writers) >= self._nr_threads:
-                return None
-            writer = PackWriter(f"{len(self._writers)}.pack", self._dir_fd, self._compression, self._flusher)
-            self._writers.append(writer)
-            return writer
 
     def _workers(self) -> ThreadPoolExecutor:
         with self._mutex:
@@ -295,23 +337,20 @@ class ImageBuilder:
 
     def _commit(self, meta: dict[str, Any], state: bytes) -> ImageInfo:
         tracepoint.hit("image.commit")
-        merged = {obj: _merge(obj, parts) for obj, parts in self._parts.items()}
-        nr_copied = self._consolidate(merged)
-        pack_ids = [pack.id for pack in self._parent.packs] if self._parent else []
-        written: list[tuple[str, PackWriter]] = []
-        for writer in self._writers:
-            pack_id = writer.finish() if writer.nr_pages else ""
-            pack_ids.append(pack_id)
-            if pack_id:
-                written.append((pack_id, writer))
-            tracepoint.hit("image.pack_written")
-        used, objects = _renumbered(merged, len(pack_ids))
+        merged = {obj: merge(obj, parts) for obj, parts in self._parts.items()}
+        old_packs = self._parent.packs if self._parent else []
+        nr_copied = consolidate(merged, old_packs, self._writers, self._policy)
+        finished = self._writers.finish()
+        pack_ids = [pack.id for pack in old_packs] + [pack_id for pack_id, _ in finished]
+        written = [(pack_id, writer) for pack_id, writer in finished if pack_id]
+        used, objects = renumbered(merged, len(pack_ids))
         facts = {
             "created": now_rfc3339(),
             "nr_pages": sum(index.nr_pages for index in objects.values()),
             "pages_zero": self._counts.zero,
             "pages_same": self._counts.same,
             "pages_written": self._counts.written,
+            "pages_delta": self._counts.delta,  # of those written
             "pages_skipped_parent": self._nr_inherited,
             "pages_consolidated": nr_copied,  # of old packs, written again
             "bytes_raw": self._counts.written * PAGE_SIZE,
@@ -360,6 +399,7 @@ class ImageBuilder:
                 os.fsync(store.images_fd)
             undo.pop_all()  # from here on the image stays
         tracepoint.hit("image.committed")
+        has_deltas = any((index.bases != NO_BASE_U64).any() for index in objects.values())
         with contextlib.suppress(OSError):  # the image is there; what is left is swept by the next `begin`
             files.remove_tree(self._name, store.tmp_fd)
         return info_from_meta(
@@ -368,49 +408,8 @@ class ImageBuilder:
             parent_id=parent_id,
             sequence=sequence,
             bytes_stored=len(data) + int(meta["bytes_packs"]),
-            format_version=FORMAT_VERSION,
+            format_version=DELTA_VERSION if has_deltas else FORMAT_VERSION,
         )
-
-    def _consolidate(self, merged: dict[int, tuple[PageNumbers, U64]]) -> int:
-        """Copy live pages out of old blocks that hold too many dead ones; changes `merged` in place.
-
-        Returns:
-            How many pages were copied.
-        """
-        if self._parent is None:
-            return 0
-        packs = self._parent.packs
-        limit = np.uint64(len(packs)) << _SHIFT
-        objs = list(merged)
-        everything = np.concatenate([merged[obj][1] for obj in objs] or [np.zeros(0, dtype=np.uint64)])
-        old = np.flatnonzero(everything < limit)
-        nr_new = sum(writer.nr_pages for writer in self._writers)
-        nr_packs = sum(1 for writer in self._writers if writer.nr_pages)
-        copy = old[blocks_to_copy(everything[old], packs, nr_new, max(1, nr_packs), self._policy)]
-        if len(copy) == 0:
-            return 0
-        copy = copy[np.argsort(everything[copy], kind="stable")]
-        sources = everything[copy]
-        with self._writer() as (number, writer):
-            for pack_number in np.unique(sources >> _SHIFT):
-                pack = packs[int(pack_number)]
-                at = np.flatnonzero(sources >> _SHIFT == pack_number)
-                ordinals = (sources[at] & _ORDINAL).astype(np.int64)
-                blocks = pack.block_of(ordinals.astype(np.uint64))
-                cuts = np.flatnonzero(np.diff(blocks)) + 1
-                for part in np.split(np.arange(len(at)), cuts):
-                    block = int(blocks[part[0]])
-                    contents = pack.read_block(block)
-                    slots = ordinals[part] - int(pack.block_firsts[block])
-                    first = writer.append(contents, pack.digests[ordinals[part]], slots)
-                    everything[copy[at[part]]] = _location(number, first, len(part))
-                tracepoint.hit("image.consolidated")
-        start = 0
-        for obj in objs:
-            pages = merged[obj][0]
-            merged[obj] = (pages, everything[start : start + len(pages)])
-            start += len(pages)
-        return len(copy)
 
     # -- state ------------------------------------------------------------------------------------------------
 
@@ -431,10 +430,7 @@ class ImageBuilder:
 
     def _close(self) -> None:
         self._done = True
-        if self._flusher is not None:
-            self._flusher.shutdown(wait=True, cancel_futures=True)
-        for writer in self._writers:
-            writer.close()
+        self._writers.close()
         os.close(self._dir_fd)
         os.close(self._lock_fd)
 
@@ -442,52 +438,3 @@ class ImageBuilder:
 def _unlink(name: str, dir_fd: int) -> None:
     with contextlib.suppress(OSError):
         os.unlink(name, dir_fd=dir_fd)
-
-
-def _location(number: int, first: int, nr_pages: int) -> U64:
-    return np.arange(nr_pages, dtype=np.uint64) + np.uint64((number << LOCATION_SHIFT) + first)
-
-
-def _checked_pages(obj: int, pages: PageNumbers) -> PageNumbers:
-    if obj < 0:
-        raise ValueError(f"object {obj} is negative")
-    pages = np.asarray(pages, dtype=np.uint64)
-    if len(pages) > 1 and not bool((pages[1:] > pages[:-1]).all()):
-        raise ValueError("page numbers must be sorted and distinct")
-    return pages
-
-
-def _merge(obj: int, parts: list[tuple[PageNumbers, U64]]) -> tuple[PageNumbers, U64]:
-    """All parts of an object as one sorted column of pages and one of locations."""
-    pages = np.concatenate([part[0] for part in parts])
-    locations = np.concatenate([part[1] for part in parts])
-    if len(pages) > 1 and not bool((pages[1:] > pages[:-1]).all()):
-        order = np.argsort(pages, kind="stable")
-        pages, locations = pages[order], locations[order]
-        twice = np.flatnonzero(pages[1:] == pages[:-1])
-        if len(twice):
-            raise ValueError(f"page {int(pages[twice[0]]):#x} of object {obj} was given twice")
-    return pages, locations
-
-
-def _renumbered(
-    merged: dict[int, tuple[PageNumbers, U64]], nr_packs: int
-) -> tuple[list[int], dict[int, ObjectIndex]]:
-    """Drop packs without a live page; returns those used, and the index in their new numbers."""
-    seen = np.zeros(nr_packs, dtype=bool)
-    for _, locations in merged.values():
-        numbers = (locations[locations != _ZERO] >> _SHIFT).astype(np.int64)
-        seen |= np.bincount(numbers, minlength=nr_packs) > 0  # faster than np.unique
-    used = np.flatnonzero(seen)
-    renamed = np.zeros(nr_packs, dtype=np.uint64)
-    renamed[used] = np.arange(len(used), dtype=np.uint64)
-    objects = {}
-    for obj, (pages, locations) in merged.items():
-        if len(pages) == 0:
-            continue
-        new = locations.copy()
-        real = locations != _ZERO
-        numbers = renamed[(locations[real] >> _SHIFT).astype(np.int64)]
-        new[real] = (numbers << _SHIFT) | (locations[real] & _ORDINAL)
-        objects[obj] = index_of(pages, new)
-    return used.tolist(), objects

@@ -9,7 +9,8 @@ two bounds are kept (docs/image-format.md, "Consolidation"):
 * packs an image refers to <= `max_packs`; when passed, the packs with the fewest live pages are merged into the
   new one until half as many are left.
 
-Pure: locations in, blocks out.
+Live here is a page of the image, as it is stored, and the base of a delta page.  Both are copied as they are: a delta
+page stays one, and a base that was copied is found at its new place.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from checkpointd.image.format import LOCATION_SHIFT
+from checkpointd import tracepoint
+from checkpointd.image.columns import ORDINAL, SHIFT, Columns, locations_of
+from checkpointd.image.index import U64, Places
 from checkpointd.image.pack import PackReader
-
-U64 = npt.NDArray[np.uint64]
-_SHIFT = np.uint64(LOCATION_SHIFT)
-_ORDINAL = np.uint64((1 << LOCATION_SHIFT) - 1)
+from checkpointd.image.writers import Writers
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,61 @@ class _Blocks:
     total: npt.NDArray[np.int64]
 
 
+def consolidate(
+    merged: dict[int, Columns], packs: list[PackReader], writers: Writers, policy: ConsolidationPolicy
+) -> int:
+    """Copy live pages out of old blocks that hold too many dead ones; changes `merged`.
+
+    Args:
+        packs: the old ones, numbered from 0.
+
+    Returns:
+        How many pages were copied.
+    """
+    if not packs:
+        return 0
+    limit = np.uint64(len(packs)) << SHIFT
+    objs = list(merged)
+    columns = [column for obj in objs for column in (merged[obj].places.locations, merged[obj].places.bases)]
+    everything = np.concatenate([*columns, np.zeros(0, dtype=np.uint64)])
+    old = np.flatnonzero(everything < limit)
+    nr_new_packs = max(1, writers.nr_used)
+    copy = old[blocks_to_copy(everything[old], packs, writers.nr_pages, nr_new_packs, policy)]
+    if len(copy) == 0:
+        return 0
+    copy = copy[np.argsort(everything[copy], kind="stable")]
+    everything[copy] = _copied(everything[copy], packs, writers)
+    parts = iter(np.split(everything, np.cumsum([len(column) for column in columns])))
+    for obj in objs:
+        merged[obj] = Columns(merged[obj].pages, Places(next(parts), next(parts)))
+    return len(copy)
+
+
+def _copied(sources: U64, packs: list[PackReader], writers: Writers) -> U64:
+    """Copy the pages at these sorted locations into a new pack; where they lie now."""
+    out = np.empty(len(sources), dtype=np.uint64)
+    with writers.take() as (number, writer):
+        for pack_number in np.unique(sources >> SHIFT):
+            pack = packs[int(pack_number)]
+            at = np.flatnonzero(sources >> SHIFT == pack_number)
+            ordinals = (sources[at] & ORDINAL).astype(np.int64)
+            blocks = pack.block_of(ordinals.astype(np.uint64))
+            for part in np.split(np.arange(len(at)), np.flatnonzero(np.diff(blocks)) + 1):
+                block = int(blocks[part[0]])
+                mine = ordinals[part]
+                slots = mine - int(pack.block_firsts[block])
+                first = writer.append(
+                    pack.read_block(block), pack.digests[mine], slots, pack.are_deltas(mine)
+                )
+                out[at[part]] = locations_of(number, first, len(part))
+            tracepoint.hit("image.consolidated")
+    return out
+
+
 def blocks_to_copy(
     locations: U64, packs: list[PackReader], nr_new_pages: int, nr_new_packs: int, policy: ConsolidationPolicy
 ) -> npt.NDArray[np.bool_]:
-    """For each of `locations` (live pages in old packs): should its block be copied into the new pack?
+    """For each of `locations` (live pages and bases in old packs): should its block be copied into the new pack?
 
     Args:
         locations: not zero, not missing, all in `packs`.
@@ -80,12 +131,12 @@ def blocks_to_copy(
 
 def _live_blocks(locations: U64, packs: list[PackReader]) -> tuple[npt.NDArray[np.int64], _Blocks]:
     """The blocks that hold `locations`, and for each location the row of its block."""
-    numbers = (locations >> _SHIFT).astype(np.int64)
+    numbers = (locations >> SHIFT).astype(np.int64)
     firsts = np.cumsum([0] + [pack.nr_blocks for pack in packs])
     rows = np.empty(len(locations), dtype=np.int64)
     for number in np.flatnonzero(np.bincount(numbers)):
         at = numbers == number
-        rows[at] = firsts[number] + packs[int(number)].block_of(locations[at] & _ORDINAL)
+        rows[at] = firsts[number] + packs[int(number)].block_of(locations[at] & ORDINAL)
     live = np.bincount(rows, minlength=int(firsts[-1]))
     kept = np.flatnonzero(live)
     pack = np.searchsorted(firsts, kept, side="right") - 1

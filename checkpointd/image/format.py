@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of the image format, version 1: magics, structures, limits, codecs.  docs/image-format.md is the law.
+"""Bytes of the image format, versions 1 and 2: magics, structures, limits, codecs.  docs/image-format.md is the law.
 
 Everything is little endian.  Decoding never trusts a size: it is compared with what the file can hold and with
 the limits below before anything is allocated, and a checksum is compared before anything is decompressed.
@@ -18,7 +18,8 @@ import zstandard
 
 from checkpointd.errors import ImageDamaged, UnknownFormat, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of a store, of an exported file, and of images and packs without delta pages
+DELTA_VERSION = 2  # of images and packs with delta pages
 
 IMAGE_MAGIC = b"CKPTIMG\x00"
 IMAGE_END_MAGIC = b"CKPTEND\x00"
@@ -57,6 +58,7 @@ MAX_IMAGE_FILE_BYTES = 16 << 30
 
 LOCATION_SHIFT = 32  # location = pack ordinal << 32 | page ordinal in the pack
 ZERO_LOCATION = 0xFFFF_FFFF_FFFF_FFFF
+NO_BASE = 0xFFFF_FFFF_FFFF_FFFF  # in memory only: the page is stored plain
 MISSING_LOCATION = 0xFFFF_FFFF_FFFF_FFFE  # in memory only: the index has no such page
 
 SECTION_META = b"META"
@@ -66,6 +68,8 @@ SECTION_OBJECTS = b"OBJS"
 SECTION_FIRSTS = b"FRST"
 SECTION_COUNTS = b"NRPG"
 SECTION_LOCATIONS = b"LOCN"
+SECTION_DELTAS = b"DEXT"  # version 2: which extents are stored as differences
+SECTION_BASES = b"DBAS"  # version 2: and from what
 
 
 def checksum(data: bytes | bytearray | memoryview) -> bytes:
@@ -119,15 +123,19 @@ def decompress(stored: bytes | bytearray | memoryview, raw_bytes: int, path: str
     return raw
 
 
-def check_version(version: int, path: str) -> None:
+def check_version(version: int, path: str, *, newest: int = FORMAT_VERSION) -> None:
     """Refuse what a later (or no) version of this format wrote.
+
+    Args:
+        newest: the last version that such a file may have.
 
     Raises:
         UnknownFormat: `version` is not ours.
     """
-    if version != FORMAT_VERSION:
+    if not FORMAT_VERSION <= version <= newest:
+        known = f"version {newest}" if newest == FORMAT_VERSION else f"versions {FORMAT_VERSION} to {newest}"
         raise UnknownFormat(
-            f"{path}: format version {version}, and this program reads version {FORMAT_VERSION} only",
+            f"{path}: format version {version}, and this program reads {known} only",
             hint="read it with the version of checkpointd that wrote it",
             path=path,
             version=version,

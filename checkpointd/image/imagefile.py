@@ -20,6 +20,7 @@ from checkpointd.image.format import (
     CHECKSUM_BYTES,
     CODEC_NONE,
     CODEC_ZSTD,
+    DELTA_VERSION,
     FORMAT_VERSION,
     ID_BYTES,
     IMAGE_END_MAGIC,
@@ -33,7 +34,9 @@ from checkpointd.image.format import (
     MAX_SECTIONS,
     MAX_STATE_BYTES,
     SECTION,
+    SECTION_BASES,
     SECTION_COUNTS,
+    SECTION_DELTAS,
     SECTION_FIRSTS,
     SECTION_LOCATIONS,
     SECTION_META,
@@ -44,7 +47,7 @@ from checkpointd.image.format import (
     checksum,
     decompress,
 )
-from checkpointd.image.index import ObjectIndex, decode_columns, encode_columns
+from checkpointd.image.index import ObjectIndex, decode_columns, encode_columns, encode_deltas
 
 HEAD_BYTES = 64 << 10  # one read of this size shows the head of nearly every image
 _LIMITS = {
@@ -55,7 +58,10 @@ _LIMITS = {
     SECTION_FIRSTS: MAX_EXTENTS * 8,
     SECTION_COUNTS: MAX_EXTENTS * 8,
     SECTION_LOCATIONS: MAX_EXTENTS * 8,
+    SECTION_DELTAS: MAX_EXTENTS * 8,
+    SECTION_BASES: MAX_EXTENTS * 8,
 }
+_OF_DELTAS = {SECTION_DELTAS, SECTION_BASES}  # in version 2 alone, and there both
 _PLAIN = {SECTION_META, SECTION_PACKS}  # read by `ls` without decompressing
 
 
@@ -72,6 +78,7 @@ class Section:
 class Head:
     """What the first bytes of an image file say."""
 
+    version: int
     sequence: int
     nr_pages: int
     parent_id: str
@@ -90,7 +97,7 @@ def build(
     pack_ids: list[str],
     objects: dict[int, ObjectIndex],
 ) -> tuple[str, bytes]:
-    """The id and the bytes of an image.
+    """The id and the bytes of an image; it is of version 2 when a page has a base, else of version 1.
 
     Raises:
         ValueError: meta or state is beyond the limits of the format, or meta is not JSON.
@@ -100,6 +107,8 @@ def build(
         raise ValueError(f"meta ({len(meta_bytes)} bytes) or state ({len(state)} bytes) is too long")
     ids = sorted(objects)
     firsts, counts, locations = encode_columns([objects[obj] for obj in ids])
+    deltas, bases = encode_deltas([objects[obj] for obj in ids])
+    version = DELTA_VERSION if deltas else FORMAT_VERSION
     table = b"".join(
         obj.to_bytes(8, "little") + len(objects[obj].firsts).to_bytes(8, "little") for obj in ids
     )
@@ -112,6 +121,8 @@ def build(
         SECTION_COUNTS: counts,
         SECTION_LOCATIONS: locations,
     }
+    if deltas:
+        raw_sections |= {SECTION_DELTAS: deltas, SECTION_BASES: bases}
     compressor = zstandard.ZstdCompressor(level=3)
     offset = IMAGE_HEADER.size + len(raw_sections) * SECTION.size + CHECKSUM_BYTES
     entries, bodies = [], []
@@ -126,7 +137,7 @@ def build(
         offset += len(stored)
     nr_pages = sum(index.nr_pages for index in objects.values())
     parent = bytes.fromhex(parent_id) if parent_id else bytes(ID_BYTES)
-    head = IMAGE_HEADER.pack(IMAGE_MAGIC, FORMAT_VERSION, len(entries), sequence, nr_pages, parent)
+    head = IMAGE_HEADER.pack(IMAGE_MAGIC, version, len(entries), sequence, nr_pages, parent)
     head += b"".join(entries)
     data = b"".join(
         (head, checksum(head), *bodies, IMAGE_TRAILER.pack(IMAGE_END_MAGIC, offset + IMAGE_TRAILER.size))
@@ -148,7 +159,7 @@ def parse_head(data: bytes | memoryview, file_bytes: int, path: str) -> Head | i
     magic, version, nr_sections, sequence, nr_pages, parent = IMAGE_HEADER.unpack_from(data)
     if magic != IMAGE_MAGIC:
         raise _damaged(path, "this is not an image")
-    check_version(version, path)
+    check_version(version, path, newest=DELTA_VERSION)
     if nr_sections > MAX_SECTIONS:
         raise _damaged(path, f"the header claims {nr_sections} sections")
     table_end = IMAGE_HEADER.size + nr_sections * SECTION.size
@@ -180,7 +191,7 @@ def parse_head(data: bytes | memoryview, file_bytes: int, path: str) -> Head | i
             raise _damaged(path, f"section {kind!r} makes no sense")
         offset += section.stored_bytes
         sections[kind] = section
-    if set(sections) != set(_LIMITS):
+    if set(sections) != set(_LIMITS) - (_OF_DELTAS if version == FORMAT_VERSION else set()):
         raise _damaged(path, "the header lacks a section")
     if offset + IMAGE_TRAILER.size != file_bytes:
         raise _damaged(path, "the file is truncated or has more than it should")
@@ -195,6 +206,7 @@ def parse_head(data: bytes | memoryview, file_bytes: int, path: str) -> Head | i
     if not isinstance(meta, dict) or len(ids) % ID_BYTES:
         raise _damaged(path, "its meta or pack list makes no sense")
     return Head(
+        version=version,
         sequence=sequence,
         nr_pages=nr_pages,
         parent_id=parent.hex() if any(parent) else "",
@@ -228,7 +240,13 @@ def parse(data: bytes | memoryview, path: str) -> tuple[Head, dict[int, ObjectIn
         _raw_section(data, head.sections[SECTION_COUNTS], path),
         _raw_section(data, head.sections[SECTION_LOCATIONS], path),
     )
-    indexes = decode_columns(columns, extents, path)
+    deltas = (b"", b"")
+    if head.version == DELTA_VERSION:
+        deltas = (
+            _raw_section(data, head.sections[SECTION_DELTAS], path),
+            _raw_section(data, head.sections[SECTION_BASES], path),
+        )
+    indexes = decode_columns(columns, deltas, extents, path)
     if sum(index.nr_pages for index in indexes) != head.nr_pages:
         raise _damaged(path, "the index does not hold as many pages as the header says")
     return head, dict(zip(ids, indexes, strict=True))

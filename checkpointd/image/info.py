@@ -47,14 +47,20 @@ class ImageInfo:
 
 @dataclass(frozen=True)
 class PageCounts:
-    """What became of pages given to a builder: zero, same as the parent's, written."""
+    """What became of pages given to a builder: zero, same as the parent's, written, and how many of these as deltas."""
 
     zero: int = 0
     same: int = 0
     written: int = 0
+    delta: int = 0
 
     def __add__(self, other: PageCounts) -> PageCounts:
-        return PageCounts(self.zero + other.zero, self.same + other.same, self.written + other.written)
+        return PageCounts(
+            self.zero + other.zero,
+            self.same + other.same,
+            self.written + other.written,
+            self.delta + other.delta,
+        )
 
 
 def now_rfc3339() -> str:

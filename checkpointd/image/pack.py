@@ -6,6 +6,9 @@ all it holds but the page data, and the block table holds a checksum of that.  `
 so a pack removed meanwhile stays readable.  Pages of a pack are numbered in the order of writing: their
 *ordinal*; the digest table is in the same order.
 
+A pack may hold *delta pages*, the differences of pages from others (delta.py); it is then of version 2 and says which
+they are.  Their digests are those of the whole pages, not of what is stored.
+
 Errors: `ImageDamaged`, `UnknownFormat` when reading; OSError passes through when writing (the builder
 translates it).
 """
@@ -29,6 +32,7 @@ from checkpointd.image.format import (
     BLOCK_PAGES,
     CODEC_NONE,
     CODEC_ZSTD,
+    DELTA_VERSION,
     FORMAT_VERSION,
     MAX_BLOCK_PAGES,
     MIN_DIRECT_PAGES,
@@ -42,6 +46,8 @@ from checkpointd.image.format import (
     decompress,
 )
 from checkpointd.memory import PAGE_SIZE
+
+Marks = npt.NDArray[np.bool_]
 
 BLOCK_DTYPE = np.dtype(
     [("stored", "<u4"), ("nr_pages", "<u4"), ("codec", "<u4"), ("reserved", "<u4"), ("checksum", "V16")]
@@ -70,21 +76,38 @@ class PackWriter:
             if compression.codec == CODEC_ZSTD
             else None
         )
-        self._header = PACK_HEADER.pack(PACK_MAGIC, FORMAT_VERSION, os.urandom(16))
-        self._offset = files.write_at(self._fd, self._header, 0)
+        self._nonce = os.urandom(16)
+        self._offset = files.write_at(self._fd, self._header(FORMAT_VERSION), 0)
         self._blocks: list[bytes] = []
         self._digests: list[Digests] = []
+        self._deltas: list[Marks] = []
+        self._nr_deltas = 0
+        self._staged_deltas = False
         self._staging = np.empty((BLOCK_PAGES, PAGE_SIZE), dtype=np.uint8)
         self._nr_staged = 0
 
-    def append(self, pages: Bytes, digests: Digests, keep: npt.NDArray[np.intp] | None = None) -> int:
-        """Add the pages, (n, 4096), or those at the sorted positions `keep`; `digests` are of what is added.
+    def append(
+        self,
+        pages: Bytes,
+        digests: Digests,
+        keep: npt.NDArray[np.intp] | None = None,
+        deltas: Marks | None = None,
+    ) -> int:
+        """Add the pages, (n, 4096), or those at the sorted positions `keep`.
 
         A whole block goes to the file straight from the caller's memory; the rest is gathered first.
+
+        Args:
+            digests: of what is added; of a delta page that of the whole page.
+            deltas: which of what is added are delta pages; none when missing.
         """
         first = self.nr_pages
         nr = len(pages) if keep is None else len(keep)
         self._digests.append(digests)
+        self._deltas.append(np.zeros(nr, dtype=bool) if deltas is None else deltas)
+        nr_deltas = 0 if deltas is None else int(np.count_nonzero(deltas))
+        self._nr_deltas += nr_deltas
+        self._staged_deltas |= nr_deltas > 0
         self.nr_pages += nr
         done = 0
         while done < nr:
@@ -113,32 +136,40 @@ class PackWriter:
         table_offset = self._offset
         table = b"".join(self._blocks)
         digests = np.concatenate(self._digests).astype("<u8", copy=False).tobytes() if self._digests else b""
-        trailer = PACK_TRAILER.pack(
-            PACK_END_MAGIC, FORMAT_VERSION, len(self._blocks), self.nr_pages, table_offset
-        )
-        tail = table + digests + trailer
+        version, marks = FORMAT_VERSION, b""
+        if self._nr_deltas:
+            version = DELTA_VERSION
+            marks = np.packbits(np.concatenate(self._deltas), bitorder="little").tobytes()
+            files.write_at(self._fd, self._header(version), 0)
+        trailer = PACK_TRAILER.pack(PACK_END_MAGIC, version, len(self._blocks), self.nr_pages, table_offset)
+        tail = table + digests + marks + trailer
         self.bytes_written = files.write_at(self._fd, tail, table_offset)
         if self._flusher is not None:
             # The kernel tells a failed write-back once: what the background flush heard must not be lost.
             if self._flushing is not None:
                 self._flushing.result()
             os.fsync(self._fd)
-        return hashlib.sha256(self._header + tail).hexdigest()
+        return hashlib.sha256(self._header(version) + tail).hexdigest()
 
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
+    def _header(self, version: int) -> bytes:
+        return PACK_HEADER.pack(PACK_MAGIC, version, self._nonce)
+
     def _flush(self) -> None:
         if self._nr_staged:
-            self._write_block(self._staging[: self._nr_staged])
+            self._write_block(self._staging[: self._nr_staged], sparse=self._staged_deltas)
             self._nr_staged = 0
+        self._staged_deltas = False
 
-    def _write_block(self, pages: Bytes) -> None:
+    def _write_block(self, pages: Bytes, *, sparse: bool = False) -> None:
+        """`sparse`: some of the pages are deltas, which compress whatever a sample of the others says."""
         stored: bytes | memoryview = pages.reshape(-1).data
         codec = CODEC_NONE
-        if self._compressor is not None and self._looks_compressible(pages):
+        if self._compressor is not None and (sparse or self._looks_compressible(pages)):
             packed = self._compressor.compress(stored)
             if len(packed) < _KEEP_COMPRESSED_BELOW * len(stored):
                 stored, codec = packed, CODEC_ZSTD
@@ -186,13 +217,17 @@ class PackReader:
         magic, version, _ = PACK_HEADER.unpack(header)
         if magic != PACK_MAGIC:
             raise self._damaged("this is not a pack")
-        check_version(version, self.path)
+        check_version(version, self.path, newest=DELTA_VERSION)
         trailer = files.read_at(self._fd, PACK_TRAILER.size, self.size_bytes - PACK_TRAILER.size, self.path)
-        magic, version, nr_blocks, nr_pages, table_offset = PACK_TRAILER.unpack(trailer)
+        magic, end_version, nr_blocks, nr_pages, table_offset = PACK_TRAILER.unpack(trailer)
         if magic != PACK_END_MAGIC:
             raise self._damaged("the end is missing: the file is truncated or overwritten")
-        check_version(version, self.path)
-        tail_bytes = nr_blocks * BLOCK.size + nr_pages * DIGEST_BYTES + PACK_TRAILER.size
+        check_version(end_version, self.path, newest=DELTA_VERSION)
+        if end_version != version:
+            raise self._damaged("its two ends are of different versions")
+        marks_at = nr_blocks * BLOCK.size + nr_pages * DIGEST_BYTES
+        nr_marks = -(-nr_pages // 8) if version == DELTA_VERSION else 0
+        tail_bytes = marks_at + nr_marks + PACK_TRAILER.size
         if table_offset + tail_bytes != self.size_bytes or table_offset < PACK_HEADER.size:
             raise self._damaged("its tables do not fit the file")
         tail = files.read_at(self._fd, tail_bytes, table_offset, self.path)
@@ -226,6 +261,15 @@ class PackReader:
         self.digests: Digests = np.frombuffer(
             tail, dtype="<u8", count=2 * nr_pages, offset=nr_blocks * BLOCK.size
         ).reshape(-1, 2)
+        # Which pages are deltas, by ordinal; None: no page is.
+        self.deltas: Marks | None = None
+        if version == DELTA_VERSION:
+            marks = np.frombuffer(tail, dtype=np.uint8, count=nr_marks, offset=marks_at)
+            self.deltas = np.unpackbits(marks, count=nr_pages, bitorder="little").astype(bool)
+
+    def are_deltas(self, ordinals: npt.NDArray[np.int64]) -> Marks:
+        """Which of the pages with these ordinals are delta pages."""
+        return np.zeros(len(ordinals), dtype=bool) if self.deltas is None else self.deltas[ordinals]
 
     def block_of(self, ordinals: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """The block each page ordinal lies in."""

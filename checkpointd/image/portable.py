@@ -58,6 +58,7 @@ _LOCAL_KEYS = (
     "pages_zero",
     "pages_same",
     "pages_written",
+    "pages_delta",
     "pages_skipped_parent",
     "bytes_raw",
 )

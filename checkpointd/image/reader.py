@@ -26,7 +26,7 @@ from checkpointd.image.format import (
     ZERO_LOCATION,
 )
 from checkpointd.image.imagefile import Head, read_state
-from checkpointd.image.index import NO_INDEX, U64, ObjectIndex, expand
+from checkpointd.image.index import NO_BASE_U64, NO_INDEX, U64, ObjectIndex, Places, expand
 from checkpointd.image.info import ImageInfo
 from checkpointd.image.pack import PackReader
 from checkpointd.image.stream import Chunk, stream_pages, visit_pages
@@ -87,7 +87,7 @@ class Image:
 
     def has(self, obj: int, pages: PageNumbers) -> npt.NDArray[np.bool_]:
         """For each of `pages`: is it in the image?"""
-        present: npt.NDArray[np.bool_] = self._of(obj).locate(pages) != np.uint64(MISSING_LOCATION)
+        present: npt.NDArray[np.bool_] = self._of(obj).locate(pages).locations != np.uint64(MISSING_LOCATION)
         return present
 
     def digests(self, obj: int, pages: PageNumbers | None = None) -> Digests:
@@ -97,8 +97,8 @@ class Image:
             KeyError: a page is not in the image.
         """
         index = self._of(obj)
-        locations = index.page_locations() if pages is None else self._locate(obj, pages)
-        return self.digests_at(locations)
+        places = index.page_places() if pages is None else self._locate(obj, pages)
+        return self.digests_at(places.locations)
 
     def digests_at(self, locations: U64) -> Digests:
         """The digests, (n, 2), of what lies at `locations` (none of them missing)."""
@@ -123,17 +123,27 @@ class Image:
             KeyError: a page is not in the image.
             ImageDamaged: a block does not have its checksum.
         """
-        locations = self._locate(obj, pages)
+        places = self._locate(obj, pages)
         if into is None:
             into = np.empty(len(pages) * PAGE_SIZE, dtype=np.uint8)
         if into.nbytes != len(pages) * PAGE_SIZE or not into.flags.c_contiguous:
             raise ValueError("`into` must be contiguous and hold exactly the pages asked for")
         out = into.reshape(-1, PAGE_SIZE)
-        self.read_locations(locations, out)
+        self.read_places(places, out)
         return into
 
-    def read_locations(self, locations: U64, out: Bytes) -> None:
-        """Fill the rows of `out`, (n, 4096), with what lies at `locations` (none of them missing)."""
+    def read_places(self, places: Places, out: Bytes) -> None:
+        """Fill the rows of `out`, (n, 4096), with the pages at `places` (none of them missing)."""
+        self.read_stored(places.locations, out)
+        based = np.flatnonzero(places.bases != NO_BASE_U64)
+        for at in range(0, len(based), MAX_BLOCK_PAGES):
+            rows = based[at : at + MAX_BLOCK_PAGES]
+            bases = np.empty((len(rows), PAGE_SIZE), dtype=np.uint8)
+            self.read_stored(places.bases[rows], bases)
+            out[rows] ^= bases
+
+    def read_stored(self, locations: U64, out: Bytes) -> None:
+        """Fill the rows of `out`, (n, 4096), with what is stored at `locations` (none of them missing)."""
         zero = locations == np.uint64(ZERO_LOCATION)
         if zero.any():
             out[zero] = 0
@@ -161,6 +171,11 @@ class Image:
         return stream_pages(
             self.index, self.packs, threads=threads, chunk_pages=chunk_pages, digest_seed=seed
         )
+
+    def stream_deltas(self) -> Iterator[Chunk]:
+        """As `stream`, the pages that are stored as deltas alone, each compared with its digest."""
+        index = {obj: part for obj in self.index if (part := self.index[obj].delta_extents()).nr_pages}
+        return stream_pages(index, self.packs, threads=2, chunk_pages=4 * BLOCK_PAGES, digest_seed=self._seed)
 
     def visit(self, visitor: Callable[[int, PageNumbers, Bytes], None], *, threads: int = 2) -> None:
         """Call `visitor` with every page that is not zero, once: (obj, sorted pages, their bytes).
@@ -202,32 +217,48 @@ class Image:
                 scratch = np.empty((MAX_BLOCK_PAGES, PAGE_SIZE), dtype=np.uint8)
             out[rows] = pack.read_block(block, scratch)[slots]
 
-    def _locate(self, obj: int, pages: PageNumbers) -> U64:
-        locations = self._of(obj).locate(pages)
-        missing = locations == np.uint64(MISSING_LOCATION)
+    def _locate(self, obj: int, pages: PageNumbers) -> Places:
+        places = self._of(obj).locate(pages)
+        missing = places.locations == np.uint64(MISSING_LOCATION)
         if missing.any():
             raise KeyError(
                 f"image {self.info.id[:12]} has no page {int(pages[missing][0]):#x} of object {obj}"
             )
-        return locations
+        return places
 
     def _of(self, obj: int) -> ObjectIndex:
         return self.index.get(obj, NO_INDEX)
 
     def _check_locations(self) -> None:
-        """Every extent must lie within one of the packs."""
-        sizes = np.array([pack.nr_pages for pack in self.packs], dtype=np.uint64)
+        """Every extent must lie within one of the packs, and be plain or not as its index says; so must all bases."""
         for index in self.index.values():
             real = index.locations != np.uint64(ZERO_LOCATION)
-            numbers = index.locations[real] >> _SHIFT
-            if not len(numbers):
-                continue
-            if int(numbers.max()) >= len(sizes) or bool(
-                (
-                    (index.locations[real] & _ORDINAL) + index.counts[real] > sizes[numbers.astype(np.int64)]
-                ).any()
+            based = index.bases != NO_BASE_U64
+            self._check_extents(index.locations[real & ~based], index.counts[real & ~based], deltas=False)
+            self._check_extents(index.locations[based], index.counts[based], deltas=True)
+            self._check_extents(index.bases[based], index.counts[based], deltas=False)
+
+    def _check_extents(self, locations: U64, counts: U64, *, deltas: bool) -> None:
+        numbers = (locations >> _SHIFT).astype(np.int64)
+        firsts = (locations & _ORDINAL).astype(np.int64)
+        lengths = counts.astype(np.int64)
+        for number in np.unique(numbers).tolist():
+            at = numbers == number
+            if number >= len(self.packs) or bool(
+                (firsts[at] + lengths[at] > self.packs[number].nr_pages).any()
             ):
                 raise ImageDamaged(f"{self._path}: the index points outside of its packs", path=self._path)
+            marks = self.packs[number].deltas
+            if marks is None and not deltas:
+                continue
+            before = np.zeros(self.packs[number].nr_pages + 1, dtype=np.int64)
+            if marks is not None:
+                np.cumsum(marks, out=before[1:])
+            marked = before[firsts[at] + lengths[at]] - before[firsts[at]]
+            if bool((marked != (lengths[at] if deltas else 0)).any()):
+                raise ImageDamaged(
+                    f"{self._path}: the index and its packs differ about delta pages", path=self._path
+                )
 
 
 def pread_all(fd: int, limit_bytes: int, path: str) -> bytes:

@@ -44,7 +44,7 @@ from checkpointd.image import files, refs
 from checkpointd.image.builder import ImageBuilder
 from checkpointd.image.consolidate import ConsolidationPolicy
 from checkpointd.image.format import (
-    FORMAT_VERSION,
+    CODEC_NONE,
     MAX_IMAGE_FILE_BYTES,
     Compression,
     valid_id,
@@ -131,6 +131,7 @@ class Store:
         threads: int = 2,
         policy: ConsolidationPolicy | None = None,
         confirm_same: bool = False,
+        delta: bool = False,
     ) -> ImageBuilder:
         """Start a new image.
 
@@ -140,6 +141,8 @@ class Store:
             sync: make it durable at commit; False is for stores in memory.
             threads: how many threads may compress and write at once.
             confirm_same: compare pages that look the same as the parent's (by digest) byte by byte too.
+            delta: store a page as its difference from the parent's where that is smaller.  Does nothing without a
+                parent or without compression.
 
         Raises:
             UsageError: unknown compression.
@@ -179,6 +182,7 @@ class Store:
                 threads=threads,
                 policy=policy or self.policy,
                 confirm_same=confirm_same,
+                delta=delta and compression.codec != CODEC_NONE,
             )
             undo.pop_all()
             return builder
@@ -474,7 +478,7 @@ def _info_of(image_id: str, head: Head, file_bytes: int) -> ImageInfo:
         sequence=head.sequence,
         nr_pages=head.nr_pages,
         bytes_stored=file_bytes + (bytes_packs if type(bytes_packs) is int else 0),
-        format_version=FORMAT_VERSION,
+        format_version=head.version,
         damaged="",
     )
 

@@ -5,7 +5,11 @@ Threads read runs of adjacent blocks ahead into a ring of buffers; the consumer 
 that is computed for a page is computed for a window of up to `_WINDOW_PAGES` at once: a step of Python for each
 block, or giving the GIL away for each, would cost more than reading it.
 
-Memory: (2 x threads + 1) x 8 MiB, and 40 bytes for each page of a window.
+Memory: (2 x threads + 1) x 8 MiB, and 48 bytes for each page of a window.
+
+A delta page is read where its base lies, so that each base is read once, together with the plain pages around it, and
+restore time does not grow with the number of generations whose pages are deltas; what is added to the bases comes
+from `DeltaReader`.
 
 `visit_pages` does without a ring: each thread hands what it has just read to the visitor itself, while it is still
 in the cache.  Memory: threads x 8 MiB, and the window.
@@ -25,9 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from checkpointd.errors import ImageDamaged
+from checkpointd.image.delta import DeltaReader
 from checkpointd.image.digest import Bytes, digest_pages
 from checkpointd.image.format import LOCATION_SHIFT, MAX_BLOCK_PAGES, ZERO_LOCATION
-from checkpointd.image.index import U64, ObjectIndex, expand
+from checkpointd.image.index import NO_BASE_U64, U64, ObjectIndex, expand, expand_locations
 from checkpointd.image.pack import PackReader
 from checkpointd.memory import NO_PAGES, PAGE_SIZE, PageNumbers
 
@@ -41,7 +46,10 @@ _ORDINAL = np.uint64((1 << LOCATION_SHIFT) - 1)
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Adjacent blocks of one pack and what is live in them: columns of equal length, in the order of the disk."""
+    """Adjacent blocks of one pack and what is live in them: columns of equal length, in the order of the disk.
+
+    `deltas` is where the difference lies of a page whose base is there, `NO_BASE` for a plain page.
+    """
 
     pack: PackReader
     first_block: int
@@ -49,6 +57,7 @@ class _Batch:
     objs: U64
     pages: PageNumbers
     ordinals: npt.NDArray[np.int64]
+    deltas: U64
 
 
 class _Buffers:
@@ -68,6 +77,7 @@ def stream_pages(
     digest_seed: int | None,
 ) -> Iterator[Chunk]:
     """See `Image.stream`; pages are compared with their digests when `digest_seed` is given."""
+    reader = DeltaReader(packs)
     depth = 2 * max(1, threads)
     ring: queue.SimpleQueue[_Buffers] = queue.SimpleQueue()
     for _ in range(depth + 1):
@@ -75,7 +85,7 @@ def stream_pages(
 
     def fetch(batch: _Batch) -> tuple[_Buffers, list[Chunk]]:
         buffers = ring.get()
-        return buffers, _fetch(batch, buffers, digest_seed)
+        return buffers, _fetch(batch, buffers, reader, digest_seed)
 
     batches = _batches(index, packs)
     pending: collections.deque[Future[tuple[_Buffers, list[Chunk]]]] = collections.deque()
@@ -104,6 +114,7 @@ def visit_pages(
     threads: int,
 ) -> None:
     """See `Image.visit`."""
+    reader = DeltaReader(packs)
     batches = _batches(index, packs)
     lock = threading.Lock()
     failed = threading.Event()
@@ -116,7 +127,7 @@ def visit_pages(
                     batch = next(batches, None)
                 if batch is None:
                     return
-                for obj, pages, data in _fetch(batch, buffers, None):
+                for obj, pages, data in _fetch(batch, buffers, reader, None):
                     visitor(obj, pages, data)
         except BaseException:
             failed.set()
@@ -127,15 +138,16 @@ def visit_pages(
             worker.result()
 
 
-def _fetch(batch: _Batch, buffers: _Buffers, digest_seed: int | None) -> list[Chunk]:
+def _fetch(batch: _Batch, buffers: _Buffers, reader: DeltaReader, digest_seed: int | None) -> list[Chunk]:
     """Read a batch and cut it by object."""
     pack = batch.pack
     pack.read_blocks(batch.first_block, batch.nr_blocks, buffers.read)
     slots = batch.ordinals - int(pack.block_firsts[batch.first_block])
+    based = np.flatnonzero(batch.deltas != NO_BASE_U64)
+    if len(based):
+        reader.apply(buffers.read, slots[based], batch.deltas[based])
     if digest_seed is not None:
-        found = digest_pages(buffers.read[slots], digest_seed)
-        if not np.array_equal(found, pack.digests[batch.ordinals]):
-            raise ImageDamaged(f"{pack.path}: a page does not have its digest", path=pack.path)
+        _check_digests(batch, buffers.read[slots], based, reader, digest_seed)
     objs = np.unique(batch.objs)
     chunks: list[Chunk] = []
     nr_gathered = 0
@@ -158,9 +170,26 @@ def _fetch(batch: _Batch, buffers: _Buffers, digest_seed: int | None) -> list[Ch
     return chunks
 
 
+def _check_digests(
+    batch: _Batch, contents: Bytes, based: npt.NDArray[np.intp], reader: DeltaReader, seed: int
+) -> None:
+    """Compare pages with their digests; `based` are the rows of the delta pages."""
+    expected = batch.pack.digests[batch.ordinals]
+    expected[based] = reader.digests(batch.deltas[based])
+    wrong = (digest_pages(contents, seed) != expected).any(axis=1)
+    if not wrong.any():
+        return
+    path = batch.pack.path
+    if wrong[based].any():
+        raise ImageDamaged(
+            f"{path}: a page that is stored against one here does not have its digest", path=path
+        )
+    raise ImageDamaged(f"{path}: a page does not have its digest", path=path)
+
+
 def _batches(index: dict[int, ObjectIndex], packs: list[PackReader]) -> Iterator[_Batch]:
-    """All live pages, sorted by location, in batches of adjacent blocks."""
-    for objs, pages, locations in _windows(index):
+    """All live pages, sorted by where they or their bases lie, in batches of adjacent blocks."""
+    for objs, pages, locations, deltas in _windows(index):
         numbers = locations >> _SHIFT
         for lo, hi in _equal_runs(numbers):
             pack = packs[int(numbers[lo])]
@@ -180,19 +209,32 @@ def _batches(index: dict[int, ObjectIndex], packs: list[PackReader]) -> Iterator
                     end += 1
                 part = slice(runs[at][0], runs[end - 1][1])
                 yield _Batch(
-                    pack, first_block, end - at, objs[lo:hi][part], pages[lo:hi][part], ordinals[part]
+                    pack,
+                    first_block,
+                    end - at,
+                    objs[lo:hi][part],
+                    pages[lo:hi][part],
+                    ordinals[part],
+                    deltas[lo:hi][part],
                 )
                 at = end
 
 
-def _windows(index: dict[int, ObjectIndex]) -> Iterator[tuple[U64, PageNumbers, U64]]:
-    """(objs, pages, locations) of all pages that are not zero, sorted by location, some at a time."""
+def _windows(index: dict[int, ObjectIndex]) -> Iterator[tuple[U64, PageNumbers, U64, U64]]:
+    """(objs, pages, locations, deltas) of all pages that are not zero, some at a time, sorted by location.
+
+    The location of a delta page is here that of its base, and its own is in `deltas`.
+    """
     objs = np.concatenate(
         [np.full(len(i.firsts), o, dtype=np.uint64) for o, i in index.items()] or [NO_PAGES]
     )
     firsts = np.concatenate([i.firsts for i in index.values()] or [NO_PAGES])
     counts = np.concatenate([i.counts for i in index.values()] or [NO_PAGES])
     locations = np.concatenate([i.locations for i in index.values()] or [NO_PAGES])
+    bases = np.concatenate([i.bases for i in index.values()] or [NO_PAGES])
+    plain = bases == NO_BASE_U64
+    deltas = np.where(plain, NO_BASE_U64, locations)
+    locations = np.where(plain, locations, bases)
     order = np.argsort(locations, kind="stable")
     order = order[locations[order] != np.uint64(ZERO_LOCATION)]
     # An extent longer than a window is cut into pieces that fit one.
@@ -200,6 +242,8 @@ def _windows(index: dict[int, ObjectIndex]) -> Iterator[tuple[U64, PageNumbers, 
     order = np.repeat(order, nr_cuts.astype(np.int64))
     cut = expand(np.zeros(len(nr_cuts), dtype=np.uint64), nr_cuts) * np.uint64(_WINDOW_PAGES)
     objs, firsts, locations = objs[order], firsts[order] + cut, locations[order] + cut
+    plain = deltas[order] == NO_BASE_U64
+    deltas = np.where(plain, NO_BASE_U64, deltas[order] + cut)
     counts = np.minimum(counts[order] - cut, np.uint64(_WINDOW_PAGES))
     before = np.cumsum(counts) - counts
     at = 0
@@ -210,6 +254,7 @@ def _windows(index: dict[int, ObjectIndex]) -> Iterator[tuple[U64, PageNumbers, 
             np.repeat(objs[part], counts[part].astype(np.int64)),
             expand(firsts[part], counts[part]),
             expand(locations[part], counts[part]),
+            expand_locations(deltas[part], counts[part]),
         )
         at = end
 

@@ -3,6 +3,9 @@
 
 All blocks of all packs it refers to are read, those without a live page too, so that any byte of any of its
 files that changed is found.  Damage does not stop the walk: the report names every file that is affected.
+
+The pages of an image that are stored as deltas are put together and compared with their digests once more: that reads
+their bases a second time.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 from checkpointd.errors import ImageDamaged
 from checkpointd.image.digest import digest_pages
 from checkpointd.image.pack import PackReader
+from checkpointd.image.reader import Image
 
 if TYPE_CHECKING:
     from checkpointd.image.store import Store
@@ -59,6 +63,7 @@ def verify_image(store: Store, image_id: str, progress: Callable[[int, int], Non
         ImageNotFound: there is no such image.
     """
     report = VerifyReport(image_id)
+    image: Image | None = None
     try:
         image = store.load(image_id)
     except ImageDamaged as error:
@@ -86,9 +91,21 @@ def verify_image(store: Store, image_id: str, progress: Callable[[int, int], Non
         for pack in packs:
             for _ in pool.map(lambda block, pack=pack: check(pack, block), range(pack.nr_blocks)):
                 pass
+    if image is not None:
+        _check_deltas(image, report)
     if progress is not None:
         progress(total, total)
     return report
+
+
+def _check_deltas(image: Image, report: VerifyReport) -> None:
+    """Compare every page that is stored as a delta with its digest."""
+    try:
+        for _ in image.stream_deltas():
+            pass
+    except ImageDamaged as error:
+        if error.message not in report.problems:  # a damaged block was named before
+            report.problems.append(error.message)
 
 
 def _check_block(pack: PackReader, block: int, seed: int) -> str:
@@ -98,6 +115,8 @@ def _check_block(pack: PackReader, block: int, seed: int) -> str:
     except ImageDamaged as error:
         return error.message
     first = int(pack.block_firsts[block])
-    if not np.array_equal(digest_pages(pages, seed), pack.digests[first : first + len(pages)]):
+    ordinals = np.arange(first, first + len(pages))
+    plain = ~pack.are_deltas(ordinals)  # the digest of a delta page is that of the whole page
+    if not np.array_equal(digest_pages(pages[plain], seed), pack.digests[ordinals[plain]]):
         return f"{pack.path}: a page of block {block} does not have its digest"
     return ""

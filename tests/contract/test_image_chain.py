@@ -33,9 +33,13 @@ def store(tmp_path):
 
 
 def content(value: int) -> bytes:
-    """A page: 0 is zeroes, odd values compress, even ones do not."""
+    """A page: 0 is zeroes, odd values compress, even ones do not; those from 100 on differ in a few bytes."""
     if value == 0:
         return bytes(PAGE_SIZE)
+    if value >= 100:
+        page = np.frombuffer(content(2), dtype=np.uint8).copy()
+        page[(value - 100) * 64 : (value - 98) * 64] ^= value
+        return page.tobytes()
     if value % 2:
         return bytes([value % 256]) * PAGE_SIZE
     return np.random.default_rng(value).bytes(PAGE_SIZE)
@@ -83,13 +87,14 @@ def plans(draw):
                 "set": draw(
                     st.dictionaries(
                         st.tuples(st.sampled_from([0, 0, 1, 9]), st.integers(0, 40)),
-                        st.integers(0, 6),
+                        st.one_of(st.integers(0, 6), st.integers(100, 130)),
                         max_size=40,
                     )
                 ),
                 "drop": draw(st.sets(st.tuples(st.sampled_from([0, 1]), st.integers(0, 40)), max_size=10)),
                 "reread": draw(st.floats(0, 1)),
-                "compress": draw(st.sampled_from(["none", "zstd:1"])),
+                "compress": draw(st.sampled_from(["none", "zstd:1", "zstd:1"])),
+                "delta": draw(st.booleans()),
                 "remove": draw(st.one_of(st.none(), st.integers(0, number))),
                 "seed": draw(st.integers(0, 1000)),
             }
@@ -122,7 +127,9 @@ def run_plan(plan):
             truth = {key: value for key, value in old.items() if key not in step["drop"]}
             truth |= {key: content(value) for key, value in step["set"].items()}
             rng = np.random.default_rng(step["seed"])
-            with store.begin(parent=parent, compress=step["compress"], sync=False, policy=EAGER) as builder:
+            with store.begin(
+                parent=parent, compress=step["compress"], sync=False, policy=EAGER, delta=step["delta"]
+            ) as builder:
                 counts = PageCounts()
                 for obj in {obj for obj, _ in truth}:
                     pages = sorted(page for o, page in truth if o == obj)
@@ -137,6 +144,7 @@ def run_plan(plan):
                     assert new_zero <= counts.zero
                 info = builder.commit(meta={"number": number}, state=b"state %d" % number)
             assert builder.counts == counts
+            assert counts.delta <= counts.written
             assert counts.zero + counts.same + counts.written + builder.nr_inherited == len(truth)
             kept[number] = (info.id, truth)
             if step["remove"] in kept:

@@ -21,7 +21,7 @@ import pytest
 from checkpointd.errors import CheckpointError, ImageDamaged, ImageNotFound, UnknownFormat
 from checkpointd.image import format as fmt
 from checkpointd.image import imagefile
-from checkpointd.image.index import ObjectIndex
+from checkpointd.image.index import ObjectIndex, no_bases
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE
 
@@ -31,7 +31,7 @@ SHARED = np.arange(0, 20, dtype=np.uint64)
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A store of three generations, and the truth of each."""
+    """A store of three generations, and the truth of each; the last two have delta pages."""
     path = tmp_path_factory.mktemp("damage") / "store"
     store = Store.open(path, create=True)
     rng = np.random.default_rng(5)
@@ -45,10 +45,11 @@ def original(tmp_path_factory):
         if parent is not None:
             data = data.copy()
             data[number * 10 : number * 10 + 7, :50] = number
-        with store.begin(parent=parent, compress=compress) as builder:
-            builder.add_pages(0, PAGES, data)
+        with store.begin(parent=parent, compress=compress, delta=True) as builder:
+            assert builder.add_pages(0, PAGES, data).delta == (7 if number == 1 else 0)
             builder.add_pages(4, SHARED, shared)
             info = builder.commit(meta={"pid": 1, "number": number}, state=b"state of it" * 50)
+        assert info.format_version == (2 if number else 1)
         truth[info.id] = (data, shared)
         parent = store.load(info.id)
     return path, truth
@@ -335,7 +336,7 @@ def forge(store, **changes):
         "meta": {},
         "state": b"",
         "pack_ids": [],
-        "objects": {0: ObjectIndex(none, none, none)},
+        "objects": {0: ObjectIndex(none, none, none, none)},
     } | changes
     image_id, data = imagefile.build(**parts)
     with open(f"{store.path}/images/{image_id}.img", "wb") as file:
@@ -347,16 +348,20 @@ def column(*values):
     return np.array(values, dtype=np.uint64)
 
 
+def plain(firsts, counts, locations):
+    return ObjectIndex(firsts, counts, locations, no_bases(len(firsts)))
+
+
 @pytest.mark.parametrize(
     "index",
     [
-        ObjectIndex(column(0), column(5), column(0)),  # no pack at all
-        ObjectIndex(column(0), column(5), column(fmt.MISSING_LOCATION)),
-        ObjectIndex(column(0), column(1 << 60), column(fmt.ZERO_LOCATION)),
-        ObjectIndex(column(0, 3), column(5, 5), column(fmt.ZERO_LOCATION, fmt.ZERO_LOCATION)),
-        ObjectIndex(column(0, 1 << 40), column(1 << 36, 1), column(fmt.ZERO_LOCATION, fmt.ZERO_LOCATION)),
-        ObjectIndex(column(1 << 63), column(5), column(fmt.ZERO_LOCATION)),
-        ObjectIndex(column(0), column(0), column(fmt.ZERO_LOCATION)),
+        plain(column(0), column(5), column(0)),  # no pack at all
+        plain(column(0), column(5), column(fmt.MISSING_LOCATION)),
+        plain(column(0), column(1 << 60), column(fmt.ZERO_LOCATION)),
+        plain(column(0, 3), column(5, 5), column(fmt.ZERO_LOCATION, fmt.ZERO_LOCATION)),
+        plain(column(0, 1 << 40), column(1 << 36, 1), column(fmt.ZERO_LOCATION, fmt.ZERO_LOCATION)),
+        plain(column(1 << 63), column(5), column(fmt.ZERO_LOCATION)),
+        plain(column(0), column(0), column(fmt.ZERO_LOCATION)),
     ],
 )
 def test_a_forged_index_is_refused(tmp_path, index):
@@ -365,6 +370,46 @@ def test_a_forged_index_is_refused(tmp_path, index):
     with pytest.raises(ImageDamaged):
         store.load(image_id)
     assert not store.verify(image_id).ok
+
+
+@pytest.mark.parametrize(
+    ("end", "what"),
+    [
+        ("location", "outside"),
+        ("location", "past the end"),
+        ("location", "a plain page"),
+        ("base", "outside"),
+        ("base", "past the end"),
+        ("base", "a delta page"),
+    ],
+)
+def test_a_forged_delta_is_refused(original, tmp_path, end, what):
+    path, truth = original
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    store = Store.open(copy)
+    image = store.load(list(truth)[1])
+    index = image.index[0]
+    (at,) = np.flatnonzero(index.bases != fmt.NO_BASE)
+    location, base = int(index.locations[at]), int(index.bases[at])
+
+    def forged(location, base):
+        objects = {0: ObjectIndex(column(1), column(7), column(location), column(base))}
+        pack_ids = [pack.id for pack in image.packs]
+        return forge(store, pack_ids=pack_ids, objects=objects)
+
+    good = store.load(forged(location, base)).read(0, column(*range(1, 8)))
+    assert np.array_equal(good.reshape(-1, PAGE_SIZE), truth[image.id][0][10:17])
+    wrong = {
+        "outside": len(image.packs) << 32,
+        "past the end": ((location if end == "location" else base) >> 32 << 32) + (1 << 20),
+        "a plain page": base,
+        "a delta page": location,
+    }[what]
+    forgery = forged(wrong, base) if end == "location" else forged(location, wrong)
+    with pytest.raises(ImageDamaged, match=forgery):
+        store.load(forgery)
+    assert not store.verify(forgery).ok
 
 
 def test_a_pack_list_that_names_no_pack(tmp_path):

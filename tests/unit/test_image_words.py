@@ -99,7 +99,11 @@ def test_latest_does_not_skip_a_damaged_image():
 
 def test_unknown_version():
     with pytest.raises(UnknownFormat, match="version 2"):
-        check_version(2, "images/x.img")
+        check_version(2, "store.json")
+    check_version(2, "images/x.img", newest=2)
+    for version in (0, 3):
+        with pytest.raises(UnknownFormat, match=f"version {version}.*versions 1 to 2"):
+            check_version(version, "images/x.img", newest=2)
 
 
 def test_meta_of_wrong_types_is_ignored():
