@@ -63,12 +63,13 @@ def split_by_code(
     code = merge_runs(np.array(rows, dtype=np.uint64).reshape(-1, 2))
     early, later = [], []
     for request in copies:
-        if request.obj != PRIVATE_OBJECT or request.source:
+        private = request.obj == PRIVATE_OBJECT and not request.source
+        in_code = intersect_runs(request.runs, code) if private else NO_RUNS
+        if len(in_code) == 0:
             early.append(request)
             continue
-        early.append(replace(request, runs=subtract_runs(request.runs, code)))
-        if len(now := intersect_runs(request.runs, code)):
-            later.append(replace(request, runs=now))
+        early.append(replace(request, runs=subtract_runs(request.runs, in_code)))
+        later.append(replace(request, runs=in_code))
     return early, later
 
 

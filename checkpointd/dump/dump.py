@@ -20,6 +20,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from kernel_shim.limits import Headroom, read_max_map_count
 
@@ -80,6 +81,7 @@ from checkpointd.tracking.make import make_tracker, needs_switch_off, switch_is_
 from checkpointd.tracking.select import Choice
 from checkpointd.tracking.uffd_wp import UffdWpTracker
 
+_SMALL_OBJECTS_BYTES = 4 << 20
 _SPARE_PAGES = 1024  # dirtied between the count before the freeze and the freeze
 
 __all__ = ["DumpOptions", "Dumper", "dumper"]
@@ -87,11 +89,18 @@ __all__ = ["DumpOptions", "Dumper", "dumper"]
 
 @dataclass
 class _Work:
-    """One dump under way."""
+    """One dump under way.
+
+    Attributes:
+        early: pages whose reading began while the tracker was still collecting; not in `copies`.
+        nr_resident: pages the target held before the freeze, about.
+    """
 
     stats: DumpStats
     limits: Limits
     copies: list[CopyRequest] = field(default_factory=list)
+    early: Runs = field(default_factory=lambda: NO_RUNS)
+    nr_resident: int = 0
     clean: Runs = field(default_factory=lambda: NO_RUNS)
     state: ImageState | None = None
     process_draft: ProcessDraft | None = None
@@ -274,13 +283,14 @@ class Dumper:
             # nothing has to be called in the target for that, so copying goes on beside all that follows
             try:
                 tracepoint.hit("dump.collect")
-                collection = self._collect(tracker, vmas, work)
+                early = partial(self._start_early, vmas, captured, options, work)
+                collection = self._collect(tracker, vmas, work, early)
                 tracepoint.hit("dump.collected")
                 self._plan(work, captured, collection)
                 self._check_budget(frozen, options, work)
-                if not self._wants_fork(options, work) and not options.kill:
-                    early, work.copies = split_by_code(work.copies, vmas)
-                    self._worker.start_copy(early)
+                if not (len(work.early) or options.kill or self._wants_fork(options, work)):
+                    now, work.copies = split_by_code(work.copies, vmas)
+                    self._worker.start_copy(now)
             except TrackingLostError as error:
                 work.stats.warnings.append(_lost_words(error))
                 self._drop_tracker()
@@ -365,11 +375,46 @@ class Dumper:
             self._make_tracker(asked, remote)
             return self._collect(self._tracker, vmas, work)
 
-    def _collect(self, tracker: Tracker, vmas: tuple[Vma, ...], work: _Work) -> Collection:
+    def _start_early(
+        self,
+        vmas: tuple[Vma, ...],
+        captured: CapturedSpace,
+        options: DumpOptions,
+        work: _Work,
+        runs: Runs,
+    ) -> None:
+        """Have pages read that a tracker calls dirty while it goes on.
+
+        Not beside shared objects of any size: these could then be read only after all else.
+        """
+        nr_pages = nr_pages_in(runs)
+        if not nr_pages or options.kill or self._fork_pays(options, nr_pages, work.nr_resident):
+            return
+        if sum(source.object.size_bytes for source in captured.sources) > _SMALL_OBJECTS_BYTES:
+            return
+        now, _ = split_by_code(self._requests(runs, work), vmas)
+        work.early = merge_runs(joined(now[0].runs, now[1].runs))
+        self._worker.start_copy(now)
+
+    def _requests(self, runs: Runs, work: _Work) -> list[CopyRequest]:
+        """Private pages, parted by whether it is known that nobody else maps them."""
+        alone = work.alone.still(self.pid) if work.alone else NO_RUNS
+        return [
+            CopyRequest(self.pid, PRIVATE_OBJECT, intersect_runs(runs, alone), through_mem=False, alone=True),
+            CopyRequest(self.pid, PRIVATE_OBJECT, subtract_runs(runs, alone), through_mem=False),
+        ]
+
+    def _collect(
+        self,
+        tracker: Tracker,
+        vmas: tuple[Vma, ...],
+        work: _Work,
+        early: Callable[[Runs], None] | None = None,
+    ) -> Collection:
         pagemap = ps.open_pagemap(self.pid)
         try:
             suspect = written_beside(self.pid, vmas, kernel_workers=work.kernel_workers)
-            found = tracker.collect(Space(self.pid, pagemap, vmas, suspect))
+            found = tracker.collect(Space(self.pid, pagemap, vmas, suspect, early))
         finally:
             os.close(pagemap)
         if tracker.name != "content":
@@ -392,13 +437,7 @@ class Dumper:
             whole = runs_of_range(vma.start, vma.end)
             clean, dirty = subtract_runs(clean, whole), merge_runs(joined(dirty, whole))
         work.clean = clean
-        alone = work.alone.still(self.pid) if work.alone else NO_RUNS
-        work.copies = [
-            CopyRequest(
-                self.pid, PRIVATE_OBJECT, intersect_runs(dirty, alone), through_mem=False, alone=True
-            ),
-            CopyRequest(self.pid, PRIVATE_OBJECT, subtract_runs(dirty, alone), through_mem=False),
-        ]
+        work.copies = self._requests(subtract_runs(dirty, work.early), work)
         stats.pages_scanned = nr_pages_in(clean) + nr_pages_in(dirty)
         for source in captured.sources:
             fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -408,7 +447,7 @@ class Dumper:
                 os.close(fd)
             stats.pages_scanned += nr_pages_in(runs)
             work.copies.append(CopyRequest(self.pid, source.object.id, runs, source=source.path))
-        stats.pages_dirty = sum(nr_pages_in(request.runs) for request in work.copies)
+        stats.pages_dirty = nr_pages_in(work.early) + sum(nr_pages_in(r.runs) for r in work.copies)
         stats.read_mode = "stopped"
 
     def _wants_fork(self, options: DumpOptions, work: _Work) -> bool:
@@ -423,7 +462,7 @@ class Dumper:
     def _check_budget(self, frozen: Frozen, options: DumpOptions, work: _Work) -> None:
         forked = work.stats.read_mode == "fork" or self._wants_fork(options, work)
         nr_pages = 0 if forked else sum(nr_pages_in(request.runs) for request in work.copies)
-        work.limits.check_budget(frozen, nr_pages)
+        work.limits.check_budget(frozen, nr_pages + nr_pages_in(work.early))
 
     # -- after the thaw
 
@@ -511,7 +550,7 @@ class Dumper:
             return 0
         written = None
         try:
-            nr_dirty = nr_present = process.nr_resident_pages(self.pid)
+            nr_dirty = nr_present = work.nr_resident = process.nr_resident_pages(self.pid)
             if options.incremental and self.last_image_id and isinstance(self._tracker, UffdWpTracker):
                 written = self._tracker.written_now(self.pid)
                 nr_dirty = min(nr_present, _SPARE_PAGES + nr_pages_in(written))

@@ -43,7 +43,7 @@ KEPT_BYTES = 128 << 20
 _STOPPED_CHECK_S = 0.5
 
 _PIECE_PAGES = 2048  # 8 MiB: what one thread reads at a time
-_ONE_THREAD_PAGES = 1536  # 6 MiB: some 2 ms
+_ONE_THREAD_PAGES = 3072  # 12 MiB: some 5 ms, for which the agent is busy all the same
 _ENCODE_PAGES = 1024
 _PROGRESS_INTERVAL_S = 0.02
 

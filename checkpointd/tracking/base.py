@@ -21,6 +21,7 @@ every writer.  It is compared by digest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -59,12 +60,15 @@ class Space:
         pagemap: descriptor of /proc/PID/pagemap, opened after the freeze.
         vmas: all VMAs with flags.
         always_dirty: page runs that must be read whatever the tracker says (pinned for I/O).
+        early: is told, once at most, of pages that are dirty for certain and armed already, as soon as they are known:
+            reading them may begin.  From then on tracking is not lost any more in this collection.
     """
 
     pid: int
     pagemap: int
     vmas: tuple[Vma, ...]
     always_dirty: Runs = field(default_factory=lambda: NO_RUNS)
+    early: Callable[[Runs], None] | None = None
 
 
 class Tracker(Protocol):

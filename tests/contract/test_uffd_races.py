@@ -18,7 +18,7 @@ from checkpointd import features, tracepoint
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.linux import userfaultfd as uffd
 from checkpointd.linux._libc import syscall
-from checkpointd.memory import PAGE_SIZE, Vma, VmaKind, pages_of
+from checkpointd.memory import PAGE_SIZE, Runs, Vma, VmaKind, pages_of
 from checkpointd.procfs import maps
 from checkpointd.tracking import uffd_wp
 from checkpointd.tracking.base import Collection, Space
@@ -78,7 +78,10 @@ def tracker() -> Iterator[uffd_wp.UffdWpTracker]:
     tracepoint.clear()
 
 
-@pytest.mark.parametrize("step", ["track.scanned", "track.registered", "track.lifted", "track.armed"])
+STEPS = ["track.scanned", "track.registered", "track.written", "track.lifted", "track.armed"]
+
+
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("nr_runs", [FEW, MANY])
 @pytest.mark.parametrize("was_empty", [False, True])
 def test_write_between_the_steps_is_reported_now_or_next_time(
@@ -106,6 +109,31 @@ def test_write_between_the_steps_is_reported_now_or_next_time(
         assert victim in dirty[1]
     assert dirty[0] - {victim} == set(range(0, nr_runs * 8, 8))
     assert area.pages(found[1].clean) | dirty[1] == set(range(NR_PAGES))
+
+
+def test_pages_told_early_are_dirty_and_armed(area: Area, tracker: uffd_wp.UffdWpTracker) -> None:
+    """They may be read from then on: a later write to one is the next epoch's, and reported there."""
+    if not features.probe().holes_are_written:
+        pytest.skip("on this kernel nothing is known before everything has been looked at")
+    tracker.collect(area.space())
+    tracker.commit()
+    area.bytes[: FEW * 8 * PAGE_SIZE : 8 * PAGE_SIZE] = 2
+    area.discard(3)
+    told: list[set[int]] = []
+
+    def read_and_write(runs: Runs) -> None:
+        told.append(area.pages(runs))
+        area.bytes[16 * PAGE_SIZE] = 9
+        area.discard(24)  # as the kernel does to MADV_FREE memory at any time
+
+    first = tracker.collect(dataclasses.replace(area.space(), early=read_and_write))
+    tracker.commit()
+    second = tracker.collect(area.space())
+    assert told == [set(range(0, FEW * 8, 8))]
+    assert area.pages(first.dirty) == told[0]
+    assert area.pages(first.clean) == set(range(NR_PAGES)) - told[0] - {3}
+    assert area.pages(second.dirty) == {16}
+    assert 24 not in area.pages(second.clean)
 
 
 @pytest.mark.parametrize("nr_runs", [FEW, MANY])

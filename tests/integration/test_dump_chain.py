@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpointd import tracepoint
+from checkpointd import features, tracepoint
 from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.dump.pages import PageWorker
 from checkpointd.errors import Cancelled, CheckpointError, FrozenTooLong
@@ -121,7 +121,28 @@ def test_each_generation_is_what_the_memory_was(target, dumper, store, tmp_path,
         target.write(p3=step + 2, p200=step + 2)
 
 
-@pytest.mark.parametrize("point", ["dump.collected", "dump.copied", "dump.thawed", "dump.commit"])
+@pytest.mark.needs("uffd_wp")
+def test_pages_are_read_while_the_tracker_goes_on(target, dumper, store, tmp_path):
+    if not features.probe().holes_are_written:
+        pytest.skip("on this kernel nothing is known before everything has been looked at")
+    dumper.dump(options(tmp_path))
+    seen = []
+    tracepoint.register("track.written", lambda _: seen.append(dumper._worker._copying))
+    for step in range(3):
+        target.write(**{f"p{page}": step + 2 for page in range(3, 256, 5)})
+        made = dumper.dump(options(tmp_path, incremental=True))
+        assert made.pages_dirty >= 51
+        assert made.pages_scanned == (
+            made.pages_skipped_parent + made.pages_same + made.pages_zero + made.pages_written
+        )
+        assert target.memory_differs_from(store.load(made.image_id)) == []
+    assert seen == [True] * 3
+
+
+POINTS = ["track.written", "track.armed", "dump.collected", "dump.copied", "dump.thawed", "dump.commit"]
+
+
+@pytest.mark.parametrize("point", POINTS)
 def test_failed_dump_loses_no_dirty_page(target, dumper, store, tmp_path, point):
     dumper.dump(options(tmp_path))
     target.write(p5=77)

@@ -40,7 +40,8 @@ POINTS = (
         "dump.commit",
         "dump.committed",
     ),
-    *("track.made", "track.taken", "track.scanned", "track.registered", "track.lifted", "track.armed"),
+    *("track.made", "track.taken", "track.scanned", "track.registered", "track.written"),
+    *("track.lifted", "track.armed"),
     *("untrack.begin", "untrack.done", "freeze.seized", "freeze.all_stopped", "thaw.begin", "thaw.released"),
     *("image.begun", "image.pack_written", "image.pack_linked", "image.before_rename", "image.renamed"),
 )
