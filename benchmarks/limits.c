@@ -4,9 +4,10 @@
 //
 //   limits stop MEGABYTES PERMILLE ROUNDS   stop a child, PAGEMAP_SCAN get and protect, read the dirty pages, let go: one thread
 //   limits copy MEGABYTES ROUNDS DIRECTORY  read a child's memory and write it to a new file: two threads
-//   limits fill MEGABYTES ROUNDS DIRECTORY thp|4k   read a warm file into fresh memory: one thread, and then two
+//   limits fill MEGABYTES ROUNDS DIRECTORY thp|4k   read a warm file into fresh memory: one thread, and then two; then two
+//       that add up all words of what they read before they write it into the fresh memory of another process
 //
-// Prints one line of microseconds per round ("stop": scan, copy, total), and before each waits for a line on its
+// Prints one line of microseconds per round ("stop": scan, copy, total; "fill": one, two, checked), and before each waits for a line on its
 // standard input, so that limits and ours can take turns (end of file: as fast as it goes).
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -205,6 +206,45 @@ static double both(void *(*work)(void *), struct part part, size_t size, int nr_
 	return now() - start;
 }
 
+static volatile uint64_t sum_of_all;
+
+static void *fill_checked_part(void *arg)
+{
+	struct part *p = arg;
+	uint64_t *buffer = mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	uint64_t sum = 0;
+	for (size_t at = p->start; at < p->end; at += 1 << 20) {
+		if (pread(p->fd, buffer, 1 << 20, at) != 1 << 20)
+			die("fill");
+		for (size_t i = 0; i < (1 << 20) / 8; i++)
+			sum += buffer[i];
+		struct iovec from = {buffer, 1 << 20}, to = {p->into + at, 1 << 20};
+		if (process_vm_writev(p->pid, &from, 1, &to, 1, 0) != 1 << 20)
+			die("process_vm_writev");
+	}
+	__atomic_fetch_add(&sum_of_all, sum, __ATOMIC_RELAXED);
+	munmap(buffer, 1 << 20);
+	return NULL;
+}
+
+// The memory of a process that sleeps, which never touched it.
+static double fill_checked(int fd, size_t size, int huge)
+{
+	char *into = fresh(size, huge);
+	pid_t pid = fork();
+	if (pid < 0)
+		die("fork");
+	if (pid == 0) {
+		pause();
+		_exit(0);
+	}
+	double took = both(fill_checked_part, (struct part){.fd = fd, .pid = pid, .into = into}, size, 2);
+	kill(pid, SIGKILL);
+	waitpid(pid, NULL, 0);
+	munmap(into, size);
+	return took;
+}
+
 int main(int argc, char **argv)
 {
 	if (argc < 5)
@@ -249,8 +289,9 @@ int main(int argc, char **argv)
 			took[n - 1] = both(fill_part, (struct part){.fd = fd, .into = into}, size, n);
 			munmap(into, size);
 		}
+		double checked = fill_checked(fd, size, huge);
 		if (r >= 0)
-			printf("%.0f %.0f\n", took[0], took[1]);
+			printf("%.0f %.0f %.0f\n", took[0], took[1], checked);
 	}
 	unlink(path);
 	return 0;
