@@ -30,6 +30,8 @@ class DumpStats:
     pages_same: int = 0  # read, and equal to the parent's
     pages_zero: int = 0  # read, and all zero
     pages_written: int = 0  # stored in this image
+    pages_delta: int = 0  # of those, stored as differences from the parent's
+    delta_reason: str = ""  # why none could be, when that was asked for
     bytes_raw: int = 0  # pages_written * 4096
     bytes_stored: int = 0  # what this image takes on disk, index and state included
     freezing_time: int = 0  # first interrupt to last thread stopped

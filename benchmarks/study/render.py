@@ -355,7 +355,7 @@ def _answer(study: Study) -> Iterator[str]:
                 f"* **Differences within pages.** XORed with what they held, written pages took "
                 f"{percent(min(xor.values()))} to {percent(max(xor.values()))} of their packed size; less than half "
                 f"for {len(few)} of {len(xor)} programs{': ' + ', '.join(few) if few else ''}. "
-                "`checkpoint dump` stores whole pages; it has no such option."
+                "`dump --delta` stores those that get smaller so."
             )
     yield ""
 

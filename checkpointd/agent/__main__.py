@@ -194,6 +194,7 @@ class Agent:
             tag=args.tag,
             parent=args.parent,
             read_mode=args.read_mode,
+            delta=args.delta,
             files=files,
             deadline_ns=deadline_ns,
         )

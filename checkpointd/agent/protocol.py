@@ -172,6 +172,7 @@ class DumpArgs(_Args):
         compress: "zstd", "zstd:LEVEL" or "none"; "" for the default.
         parent: full id of the parent image; "" for the last image of this target.
         read_mode: "auto", "stopped" or "fork".
+        delta: store changed pages as differences from the parent's where these are smaller.
         tcp: "refuse" (or "") established connections, "close" saves them to come back closed.
         external: one word for pipes and local sockets to the outside: "keep" (or none), "null", "refuse".
         deadline_s: seconds left when the request was sent; None: no limit.
@@ -187,6 +188,7 @@ class DumpArgs(_Args):
     tag: str = ""
     parent: str = ""
     read_mode: str = "auto"
+    delta: bool = False
     tcp: str = ""
     external: list[str] = field(default_factory=list)
     deadline_s: float | None = None

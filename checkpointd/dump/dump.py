@@ -201,6 +201,7 @@ class Dumper:
         work = _Work(stats, Limits(self.pid, options, self._is_cancelled))
         if why_full:
             work.stats.warnings.append(why_full)
+        stats.delta_reason = options.why_no_deltas(parent)
         self._begin(options, work)
         copy = None
         try:
@@ -254,6 +255,7 @@ class Dumper:
                 store=options.store,
                 parent=parent,
                 compress=options.compress,
+                delta=options.delta,
                 expected_pages=self._expected_pages(options, work),
             )
         except ImageNotFound as error:
@@ -509,6 +511,7 @@ class Dumper:
         stats.image_id = found["id"]
         stats.pages_zero, stats.pages_same = found["pages_zero"], found["pages_same"]
         stats.pages_written, stats.pages_skipped_parent = found["pages_written"], found["nr_inherited"]
+        stats.pages_delta = found["pages_delta"]
         stats.bytes_raw, stats.bytes_stored = found["bytes_raw"], found["bytes_stored"]
         tracepoint.hit("dump.committed")
         if self._tracker is not None:

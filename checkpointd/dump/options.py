@@ -21,5 +21,14 @@ class DumpOptions:
     tag: str = ""
     parent: str = ""
     read_mode: str = "auto"
+    delta: bool = False
     files: FilesOptions = field(default_factory=FilesOptions)
     deadline_ns: int = 0  # monotonic; 0: none
+
+    def why_no_deltas(self, parent: str) -> str:
+        """Why no page can be stored as a difference; "" where some can, and where nobody asked."""
+        if not self.delta:
+            return ""
+        if not parent:
+            return "there is no parent to differ from"
+        return "they need compression" if self.compress == "none" else ""

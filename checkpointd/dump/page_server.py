@@ -3,7 +3,8 @@
 
 Memory: the buffer takes at most `MAX_BUFFER_BYTES`, and a quarter of what was free when the worker first needed
 it; what a stopped target has beyond that is encoded as it is read, before the thaw.  Between dumps no more than
-`KEPT_BYTES` of it are held.  Beside it: `NR_THREADS` pieces of 4 MiB, and the index of the image being built.
+`KEPT_BYTES` of it are held.  Beside it: `NR_THREADS` pieces of 4 MiB, with deltas 8 MiB more for each, and the index
+of the image being built.
 
 The agent going away is end of file: an image not committed is aborted and the worker exits.
 
@@ -64,7 +65,7 @@ class PageServer:
         self._used = 0
         self._pool = ThreadPoolExecutor(NR_THREADS)
 
-    def begin(self, store: str, parent: str, compress: str, expected_pages: int) -> None:
+    def begin(self, store: str, parent: str, compress: str, delta: bool, expected_pages: int) -> None:
         self.abort()
         opened = self._open(store)
         if not parent:
@@ -72,7 +73,10 @@ class PageServer:
         elif self._parent is None or self._parent.id != parent:
             self._parent = opened.load(parent)
         self._builder = opened.begin(
-            parent=self._parent, threads=NR_THREADS, compress=compress or DEFAULT_COMPRESSION
+            parent=self._parent,
+            threads=NR_THREADS,
+            compress=compress or DEFAULT_COMPRESSION,
+            delta=delta,
         )
         self.writing.set()
         self._room().touch(expected_pages * PAGE_SIZE, self._pool)
@@ -91,7 +95,8 @@ class PageServer:
         free = len(buffer.bytes) // PAGE_SIZE - self._used // PAGE_SIZE
         if wanted > free:
             requests, beyond = cut(requests, free)
-            self.read_and_encode(beyond)
+            # the target stands still: no time to read the parent's pages
+            self._read_and_encode(beyond, delta=False)
         buffer.touch(self._used + min(wanted, free) * PAGE_SIZE, self._pool)
         jobs: list[tuple[CopyRequest, Runs, int]] = []
         piece_pages = min(_PIECE_PAGES, -(-wanted // (2 * NR_THREADS)))
@@ -125,6 +130,9 @@ class PageServer:
         self._empty()
 
     def read_and_encode(self, requests: list[CopyRequest]) -> None:
+        self._read_and_encode(requests, delta=True)
+
+    def _read_and_encode(self, requests: list[CopyRequest], *, delta: bool) -> None:
         builder = self._need()
         jobs = [(request, piece) for request in requests for piece in pieces(request.runs, _ENCODE_PAGES)]
 
@@ -135,7 +143,7 @@ class PageServer:
                 local.buffer = np.empty(_ENCODE_PAGES * PAGE_SIZE, dtype=np.uint8)
             size = nr_pages_in(piece) * PAGE_SIZE
             read(request, piece, local.buffer, 0)
-            builder.add_pages(request.obj, pages_of(piece), local.buffer[:size])
+            builder.add_pages(request.obj, pages_of(piece), local.buffer[:size], delta=delta)
 
         local = threading.local()
         self._each(work, jobs, _pages_of_job)

@@ -49,10 +49,13 @@ class PageWorker:
             self._child.close()
             self._start()
 
-    def begin(self, *, store: str, parent: str, compress: str, expected_pages: int) -> None:
-        """Open the store, load the parent's index and touch the buffer.  Before the freeze."""
+    def begin(self, *, store: str, parent: str, compress: str, delta: bool, expected_pages: int) -> None:
+        """Open the store, load the parent's index and touch the buffer.  Before the freeze.
+
+        With `delta`, `encode` and `read_and_encode` read the parent's pages too; `copy` never does.
+        """
         self._revive()
-        self._child.ask("begin", store, parent, compress, expected_pages)
+        self._child.ask("begin", store, parent, compress, delta, expected_pages)
 
     def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
         """See `Store.latest_of`."""

@@ -130,13 +130,14 @@ class ImageBuilder:
     def nr_inherited(self) -> int:
         return self._nr_inherited
 
-    def add_pages(self, obj: int, pages: PageNumbers, data: Bytes) -> PageCounts:
+    def add_pages(self, obj: int, pages: PageNumbers, data: Bytes, *, delta: bool = True) -> PageCounts:
         """Put pages that were read into the image.
 
         Args:
             obj: `PRIVATE_OBJECT` or the id of a shared memory object.
             pages: page numbers, sorted, no two equal.
             data: their contents one after the other, len(pages) * 4096 bytes, contiguous.
+            delta: where the image may have deltas: False stores these pages whole and reads nothing of the parent.
 
         Returns:
             How many were zero, the same as the parent's at the same place (by digest), or written.
@@ -152,11 +153,11 @@ class ImageBuilder:
             raise ValueError(f"{flat.nbytes} bytes of data for {len(pages)} pages")
         contents = flat.reshape(-1, PAGE_SIZE)
         if len(pages) < _SPLIT_PAGES or self._nr_threads == 1:
-            counts = self._guarded(self._add, obj, pages, contents)
+            counts = self._guarded(self._add, obj, pages, contents, delta)
         else:
             spans = [slice(at, at + _SEGMENT_PAGES) for at in range(0, len(pages), _SEGMENT_PAGES)]
             futures = [
-                self._workers().submit(self._guarded, self._add, obj, pages[span], contents[span])
+                self._workers().submit(self._guarded, self._add, obj, pages[span], contents[span], delta)
                 for span in spans
             ]
             results = [future.exception() or future.result() for future in futures]  # let all of them end
@@ -231,12 +232,12 @@ class ImageBuilder:
 
     # -- pages ------------------------------------------------------------------------------------------------
 
-    def _add(self, obj: int, pages: PageNumbers, contents: Bytes) -> PageCounts:
+    def _add(self, obj: int, pages: PageNumbers, contents: Bytes, delta: bool) -> PageCounts:
         counts = PageCounts()
         locations = np.full(len(pages), NOTHING, dtype=np.uint64)
         places = Places(locations, no_bases(len(pages)))
         parents = self._parent_places(obj, pages)
-        chooser = DeltaChooser(self._compression) if self._delta else None
+        chooser = DeltaChooser(self._compression) if self._delta and delta else None
         with self._writers.take() as (number, writer):
             # Block by block, so that a page is hashed, compressed and written while the cache holds it.
             for at in range(0, len(pages), BLOCK_PAGES):

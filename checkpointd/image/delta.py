@@ -7,7 +7,8 @@ Bytes that did not change become zeroes, and the compression of the block does t
 
 `DeltaChooser` decides page by page, when an image is written; `DeltaReader` puts pages together again.
 
-Memory: a chooser 2 MiB for each thread; a reader up to `CACHE_BYTES` of blocks, and what its threads work on.
+Memory: 8 MiB for each thread that writes (256 pages, their bases and differences, a block of bases); a reader up to
+`CACHE_BYTES` of blocks, and what its threads work on.
 
 Errors: `ImageDamaged` from reading a block.
 """

@@ -17,6 +17,7 @@ class ImageInfo:
         sequence: commits of one store are numbered 1, 2, ...; `latest` is the highest.
         created: RFC 3339, UTC.
         nr_pages: pages in the index, zero pages included.
+        pages_delta: of the pages this image itself stored, those that are differences.
         bytes_raw: size of the pages this image itself stored, uncompressed.
         bytes_stored: what this image added to the disk: its packs, index and state.
         damaged: why the header cannot be read; empty when it can.  All else is then unknown.
@@ -36,6 +37,7 @@ class ImageInfo:
     boot_id: str = ""
     start_time: int = 0
     nr_pages: int = 0
+    pages_delta: int = 0
     bytes_raw: int = 0
     bytes_stored: int = 0
     format_version: int = 0

@@ -134,6 +134,11 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
             raise UsageError(
                 "the longest frozen time cannot be negative", hint="give e.g. --max-frozen 200ms"
             )
+        if request.delta and not request.incremental:
+            raise UsageError(
+                "delta pages are differences from a parent, and a full dump has none",
+                hint="give --delta together with --incremental",
+            )
         if request.tag and not TAG.fullmatch(request.tag):
             raise UsageError(
                 f"{request.tag[:200]!r} cannot be a tag",
@@ -156,6 +161,7 @@ class Servicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
                     tag=request.tag,
                     parent=parent,
                     read_mode=read_mode,
+                    delta=request.delta,
                     tcp=tcp,
                     external=[external],
                     deadline_s=remaining_s(operation.deadline),

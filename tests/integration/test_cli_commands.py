@@ -55,6 +55,7 @@ def test_a_day_in_the_life_of_a_process(house, target):
         "NAME",
         "BACKEND",
         "PAGES",
+        "DELTAS",
         "STORED",
         "TAG",
     ]

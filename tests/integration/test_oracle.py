@@ -33,17 +33,23 @@ NEEDED = {"uffd-wp": "uffd_wp", "soft-dirty": "soft_dirty", "precise-soft-dirty"
 HISTORIES_PER_TEST = 8
 
 
-def _engine(backend: str, read_mode: str = "auto") -> CheckpointdEngine:
+def _engine(backend: str, read_mode: str = "auto", *, delta: bool = False) -> CheckpointdEngine:
     if backend in NEEDED:
         abilities.require(NEEDED[backend])
-    return CheckpointdEngine(backend, read_mode)
+    return CheckpointdEngine(backend, read_mode, delta=delta)
 
 
-def _play_seeds(seeds: range, backend: str, read_mode: str) -> None:
+def _play_seeds(seeds: range, backend: str, read_mode: str, *, delta: bool = False) -> None:
     nr_generations = 0
+    engines: list[CheckpointdEngine] = []
+
+    def engine() -> CheckpointdEngine:
+        engines.append(_engine(backend, read_mode, delta=delta))
+        return engines[-1]
+
     for seed in seeds:
         lines = history.generate(seed)
-        verdict = play(lines, lambda: _engine(backend, read_mode))
+        verdict = play(lines, engine)
         assert not verdict.findings, "\n".join([f"seed {seed}, line {verdict.at}:", *verdict.findings])
         # tracking does not outlive a new program: the dump after an exec compares content
         nr_execs = sum(line.startswith("exec") for line in lines)
@@ -51,6 +57,8 @@ def _play_seeds(seeds: range, backend: str, read_mode: str) -> None:
         assert nr_others <= nr_execs, f"seed {seed}: {verdict.backends}, {nr_execs} execs"
         nr_generations += verdict.nr_generations
     assert nr_generations >= 6 * len(seeds)
+    nr_deltas = sum(one.nr_deltas for one in engines)
+    assert nr_deltas >= 10 * len(seeds) if delta else nr_deltas == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -65,6 +73,12 @@ def test_every_generation_read_from_a_forked_copy_is_true(backend: str) -> None:
     _play_seeds(range(2000, 2000 + HISTORIES_PER_TEST), backend, "fork")
 
 
+@pytest.mark.parametrize("read_mode", ["stopped", "fork"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_generation_of_differences_is_true(backend: str, read_mode: str) -> None:
+    _play_seeds(range(3000, 3000 + HISTORIES_PER_TEST), backend, read_mode, delta=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("read_mode", ["stopped", "fork"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -74,12 +88,13 @@ def test_many_more_generations_are_true(backend: str, read_mode: str, part: int)
 
 
 @pytest.mark.needs("set_tid")
+@pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_restored_memory_is_what_it_was_at_the_freeze(backend: str) -> None:
+def test_restored_memory_is_what_it_was_at_the_freeze(backend: str, delta: bool) -> None:
     """Killed and restored in the midst, last and earlier generations; every later generation is true again."""
     nr_restores = 0
     for seed in range(7000, 7003):
-        verdict = play(history.with_restores(seed), lambda: _engine(backend, "stopped"))
+        verdict = play(history.with_restores(seed), lambda: _engine(backend, "stopped", delta=delta))
         assert not verdict.findings, "\n".join([f"seed {seed}, line {verdict.at}:", *verdict.findings])
         nr_restores += verdict.nr_restores
     assert nr_restores >= 3
@@ -190,9 +205,10 @@ def test_write_right_after_the_thaw_is_in_the_next_generation_alone(
         engine.close()
 
 
+@pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_failed_dump_loses_no_dirty_page(target: OracleTarget, backend: str) -> None:
-    engine = _engine(backend)
+def test_failed_dump_loses_no_dirty_page(target: OracleTarget, backend: str, delta: bool) -> None:
+    engine = _engine(backend, delta=delta)
     try:
         _freeze(target, engine, incremental=False)
         for value in (3000, 4000, 5000):

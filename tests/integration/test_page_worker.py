@@ -41,9 +41,10 @@ def request_of(tmp_path):
     return CopyRequest(0, OBJECT, runs, source=str(path)), content
 
 
-def begin(worker, tmp_path, compress):
+def begin(worker, tmp_path, compress, **options):
     Store.open(str(tmp_path / "store"), create=True)
-    worker.begin(store=str(tmp_path / "store"), parent="", compress=compress, expected_pages=4 * NR_PAGES)
+    asked = {"parent": "", "delta": False, "expected_pages": 4 * NR_PAGES} | options
+    worker.begin(store=str(tmp_path / "store"), compress=compress, **asked)
 
 
 @pytest.mark.parametrize("step", ["copy", "encode", "read_and_encode"])
@@ -76,6 +77,34 @@ def test_what_the_listener_raises_stops_the_work_and_leaves_nothing_of_it(worker
     pages = image.pages(OBJECT)
     assert len(pages) == NR_PAGES
     assert np.array_equal(image.read(OBJECT, pages).reshape(-1), content)
+
+
+def test_the_parent_is_not_read_while_the_target_stands_still(request_of, tmp_path):
+    """What does not fit into the buffer is encoded before the thaw: whole.  The rest becomes differences."""
+    request, content = request_of
+    worker = PageWorker(buffer_bytes=4 << 20)
+    try:
+        begin(worker, tmp_path, "zstd:1", expected_pages=1024)
+        worker.copy([request])
+        worker.encode()
+        first = worker.commit({"pid": 1}, b"{}")
+        content.reshape(-1, PAGE_SIZE)[:, 5] ^= 1
+        content.tofile(request.source)
+        begin(worker, tmp_path, "zstd:1", parent=first["id"], delta=True, expected_pages=1024)
+        worker.copy([request])
+        worker.encode()
+        second = worker.commit({"pid": 1}, b"{}")
+        begin(worker, tmp_path, "zstd:1", parent=first["id"], delta=True, expected_pages=0)
+        worker.read_and_encode([request])
+        third = worker.commit({"pid": 1}, b"{}")
+    finally:
+        worker.close()
+    assert (second["pages_written"], second["pages_delta"]) == (NR_PAGES, 1024)
+    assert (third["pages_written"], third["pages_delta"]) == (NR_PAGES, NR_PAGES)
+    store = Store.open(str(tmp_path / "store"))
+    for made in (second, third):
+        image = store.load(made["id"])
+        assert np.array_equal(image.read(OBJECT, image.pages(OBJECT)).reshape(-1), content)
 
 
 def test_of_two_failures_the_cause_is_told():

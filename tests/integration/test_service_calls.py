@@ -308,6 +308,7 @@ def test_all_images_are_looked_at_and_the_damaged_ones_named(house, client, targ
         ({"tcp": "keep"}, errors.UsageError, "tcp"),
         ({"max_frozen_us": -1}, errors.UsageError, "negative"),
         ({"external": "all"}, errors.UsageError, "external"),
+        ({"delta": True}, errors.UsageError, "from a parent"),
         ({"store": "relative"}, errors.UsageError, "absolute"),
         ({"parent": "../../etc", "incremental": True}, errors.UsageError, "does not name an image"),
         ({"parent": "latest~999", "incremental": True}, errors.ImageNotFound, "latest~999"),

@@ -114,6 +114,33 @@ def test_any_generation_comes_back_and_the_chain_goes_on(run_checkpoint, program
     program.wait_for_steps(5)
 
 
+def test_generations_of_differences_come_back_and_the_chain_goes_on(run_checkpoint, program):
+    """Five generations, the first one removed: the program, which checks its own memory, goes on from each."""
+    ids = []
+    for generation in range(5):
+        delta = ["--incremental", "--delta"] if generation else []
+        _, made = run_checkpoint("dump", "-p", str(program.pid), *delta)
+        assert made["pages_delta"] > 0 if generation else made["pages_delta"] == 0
+        assert made["pages_delta"] <= made["pages_written"]
+        ids.append(made["image_id"])
+        program.wait_for_steps(3)
+    _, listed = run_checkpoint("ls")
+    assert [image["format_version"] for image in listed["images"]] == [1, 2, 2, 2, 2]
+    assert [image["pages_delta"] > 0 for image in listed["images"]] == [False, True, True, True, True]
+    run_checkpoint("rm", ids[0])
+    run_checkpoint("verify")
+    program.kill()
+    for image_id in (ids[4], ids[1], ids[3]):
+        run_checkpoint("restore", image_id)
+        program.wait_for_steps(3)
+        _, made = run_checkpoint("dump", "--incremental", "--delta", "-p", str(program.pid))
+        assert made["parent_id"] == image_id
+        assert made["pages_skipped_parent"] > 0
+        os.kill(program.pid, signal.SIGKILL)
+    run_checkpoint("restore", made["image_id"])
+    program.wait_for_steps(3)
+
+
 def test_a_restored_process_has_its_parent_after_the_service_was_restarted(run_checkpoint, program):
     _, first = run_checkpoint("dump", "--kill", "-p", str(program.pid))
     program.process.wait(timeout=30)

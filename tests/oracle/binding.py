@@ -64,11 +64,18 @@ class CheckpointdEngine:
     Args:
         backend: a tracker's name, or "auto".
         read_mode: "stopped", "fork" or "auto".
+        delta: store changed pages of incremental dumps as differences.
+
+    Attributes:
+        nr_deltas: how many pages were stored so, in all dumps.
     """
 
-    def __init__(self, backend: str = "auto", read_mode: str = "auto") -> None:
+    def __init__(self, backend: str = "auto", read_mode: str = "auto", *, delta: bool = False) -> None:
         self.name = f"{backend}/{read_mode}"
-        self._options = {"backend": backend, "read_mode": read_mode, "compress": "none"}
+        self.nr_deltas = 0
+        self._delta = delta
+        compress = "zstd:1" if delta else "none"
+        self._options = {"backend": backend, "read_mode": read_mode, "compress": compress}
         self._store = tempfile.mkdtemp(prefix="oracle-store-", dir="/dev/shm")
         Store.open(self._store, create=True)
         self._dumper: Dumper | None = None
@@ -106,9 +113,12 @@ class CheckpointdEngine:
         try:
             if self._dumper is None:
                 self._dumper = Dumper(pid)
-            return self._dumper.dump(
-                DumpOptions(store=self._store, incremental=incremental, **self._options)  # type: ignore[arg-type]
+            delta = self._delta and incremental
+            stats = self._dumper.dump(
+                DumpOptions(store=self._store, incremental=incremental, delta=delta, **self._options)  # type: ignore[arg-type]
             )
+            self.nr_deltas += stats.pages_delta
+            return stats
         except Unsupported as error:
             raise Refused(f"{error}: {error.details}") from error
 

@@ -62,6 +62,7 @@ def test_every_exit_code_is_in_the_help(capsys):
         (["dump", "-p", "1", "--backend", "magic"], "is not one of"),
         (["dump", "-p", "1", "--max-frozen", "200"], "write a number and its unit"),
         (["dump", "-p", "1", "--parent", "latest"], "--parent goes with --incremental"),
+        (["dump", "-p", "1", "--delta"], "--delta goes with --incremental"),
         (["restore"], "Missing argument"),
         (["rm"], "Missing argument"),
     ],

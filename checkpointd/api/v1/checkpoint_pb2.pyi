@@ -154,7 +154,7 @@ class UntrackResponse(_message.Message):
     def __init__(self, pid: _Optional[int] = ...) -> None: ...
 
 class DumpRequest(_message.Message):
-    __slots__ = ("pid", "store", "incremental", "backend", "kill", "max_frozen_us", "compress", "tag", "parent", "read_mode", "tcp", "external", "cancel_on_disconnect")
+    __slots__ = ("pid", "store", "incremental", "backend", "kill", "max_frozen_us", "compress", "tag", "parent", "read_mode", "tcp", "external", "cancel_on_disconnect", "delta")
     PID_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     INCREMENTAL_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +168,7 @@ class DumpRequest(_message.Message):
     TCP_FIELD_NUMBER: _ClassVar[int]
     EXTERNAL_FIELD_NUMBER: _ClassVar[int]
     CANCEL_ON_DISCONNECT_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
     pid: int
     store: str
     incremental: bool
@@ -181,7 +182,8 @@ class DumpRequest(_message.Message):
     tcp: str
     external: str
     cancel_on_disconnect: bool
-    def __init__(self, pid: _Optional[int] = ..., store: _Optional[str] = ..., incremental: bool = ..., backend: _Optional[str] = ..., kill: bool = ..., max_frozen_us: _Optional[int] = ..., compress: _Optional[str] = ..., tag: _Optional[str] = ..., parent: _Optional[str] = ..., read_mode: _Optional[str] = ..., tcp: _Optional[str] = ..., external: _Optional[str] = ..., cancel_on_disconnect: bool = ...) -> None: ...
+    delta: bool
+    def __init__(self, pid: _Optional[int] = ..., store: _Optional[str] = ..., incremental: bool = ..., backend: _Optional[str] = ..., kill: bool = ..., max_frozen_us: _Optional[int] = ..., compress: _Optional[str] = ..., tag: _Optional[str] = ..., parent: _Optional[str] = ..., read_mode: _Optional[str] = ..., tcp: _Optional[str] = ..., external: _Optional[str] = ..., cancel_on_disconnect: bool = ..., delta: bool = ...) -> None: ...
 
 class OperationStarted(_message.Message):
     __slots__ = ("operation_id",)
@@ -206,7 +208,7 @@ class OperationProgress(_message.Message):
     def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., unit: _Optional[str] = ...) -> None: ...
 
 class DumpStats(_message.Message):
-    __slots__ = ("pages_scanned", "pages_dirty", "pages_skipped_parent", "pages_same", "pages_zero", "pages_written", "bytes_raw", "bytes_stored", "freezing_time", "frozen_time", "total_time", "nr_vmas", "nr_threads", "phases")
+    __slots__ = ("pages_scanned", "pages_dirty", "pages_skipped_parent", "pages_same", "pages_zero", "pages_written", "bytes_raw", "bytes_stored", "freezing_time", "frozen_time", "total_time", "nr_vmas", "nr_threads", "phases", "pages_delta")
     class PhasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +230,7 @@ class DumpStats(_message.Message):
     NR_VMAS_FIELD_NUMBER: _ClassVar[int]
     NR_THREADS_FIELD_NUMBER: _ClassVar[int]
     PHASES_FIELD_NUMBER: _ClassVar[int]
+    PAGES_DELTA_FIELD_NUMBER: _ClassVar[int]
     pages_scanned: int
     pages_dirty: int
     pages_skipped_parent: int
@@ -242,10 +245,11 @@ class DumpStats(_message.Message):
     nr_vmas: int
     nr_threads: int
     phases: _containers.ScalarMap[str, int]
-    def __init__(self, pages_scanned: _Optional[int] = ..., pages_dirty: _Optional[int] = ..., pages_skipped_parent: _Optional[int] = ..., pages_same: _Optional[int] = ..., pages_zero: _Optional[int] = ..., pages_written: _Optional[int] = ..., bytes_raw: _Optional[int] = ..., bytes_stored: _Optional[int] = ..., freezing_time: _Optional[int] = ..., frozen_time: _Optional[int] = ..., total_time: _Optional[int] = ..., nr_vmas: _Optional[int] = ..., nr_threads: _Optional[int] = ..., phases: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    pages_delta: int
+    def __init__(self, pages_scanned: _Optional[int] = ..., pages_dirty: _Optional[int] = ..., pages_skipped_parent: _Optional[int] = ..., pages_same: _Optional[int] = ..., pages_zero: _Optional[int] = ..., pages_written: _Optional[int] = ..., bytes_raw: _Optional[int] = ..., bytes_stored: _Optional[int] = ..., freezing_time: _Optional[int] = ..., frozen_time: _Optional[int] = ..., total_time: _Optional[int] = ..., nr_vmas: _Optional[int] = ..., nr_threads: _Optional[int] = ..., phases: _Optional[_Mapping[str, int]] = ..., pages_delta: _Optional[int] = ...) -> None: ...
 
 class DumpSummary(_message.Message):
-    __slots__ = ("image_id", "parent_id", "pid", "backend", "backend_reason", "incremental", "read_mode", "warnings", "stats")
+    __slots__ = ("image_id", "parent_id", "pid", "backend", "backend_reason", "incremental", "read_mode", "warnings", "stats", "delta_reason")
     IMAGE_ID_FIELD_NUMBER: _ClassVar[int]
     PARENT_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -255,6 +259,7 @@ class DumpSummary(_message.Message):
     READ_MODE_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_REASON_FIELD_NUMBER: _ClassVar[int]
     image_id: str
     parent_id: str
     pid: int
@@ -264,7 +269,8 @@ class DumpSummary(_message.Message):
     read_mode: str
     warnings: _containers.RepeatedScalarFieldContainer[str]
     stats: DumpStats
-    def __init__(self, image_id: _Optional[str] = ..., parent_id: _Optional[str] = ..., pid: _Optional[int] = ..., backend: _Optional[str] = ..., backend_reason: _Optional[str] = ..., incremental: bool = ..., read_mode: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., stats: _Optional[_Union[DumpStats, _Mapping]] = ...) -> None: ...
+    delta_reason: str
+    def __init__(self, image_id: _Optional[str] = ..., parent_id: _Optional[str] = ..., pid: _Optional[int] = ..., backend: _Optional[str] = ..., backend_reason: _Optional[str] = ..., incremental: bool = ..., read_mode: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., stats: _Optional[_Union[DumpStats, _Mapping]] = ..., delta_reason: _Optional[str] = ...) -> None: ...
 
 class DumpEvent(_message.Message):
     __slots__ = ("started", "phase", "progress", "stats", "summary")
@@ -434,7 +440,7 @@ class CancelOperationResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[OperationState, str]] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("id", "parent_id", "sequence", "created_at", "tag", "pid", "name", "cmdline", "host", "incremental", "backend", "nr_pages", "bytes_raw", "bytes_stored", "format_version", "damaged")
+    __slots__ = ("id", "parent_id", "sequence", "created_at", "tag", "pid", "name", "cmdline", "host", "incremental", "backend", "nr_pages", "bytes_raw", "bytes_stored", "format_version", "damaged", "pages_delta")
     ID_FIELD_NUMBER: _ClassVar[int]
     PARENT_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -451,6 +457,7 @@ class Image(_message.Message):
     BYTES_STORED_FIELD_NUMBER: _ClassVar[int]
     FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
     DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    PAGES_DELTA_FIELD_NUMBER: _ClassVar[int]
     id: str
     parent_id: str
     sequence: int
@@ -467,7 +474,8 @@ class Image(_message.Message):
     bytes_stored: int
     format_version: int
     damaged: str
-    def __init__(self, id: _Optional[str] = ..., parent_id: _Optional[str] = ..., sequence: _Optional[int] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., tag: _Optional[str] = ..., pid: _Optional[int] = ..., name: _Optional[str] = ..., cmdline: _Optional[str] = ..., host: _Optional[str] = ..., incremental: bool = ..., backend: _Optional[str] = ..., nr_pages: _Optional[int] = ..., bytes_raw: _Optional[int] = ..., bytes_stored: _Optional[int] = ..., format_version: _Optional[int] = ..., damaged: _Optional[str] = ...) -> None: ...
+    pages_delta: int
+    def __init__(self, id: _Optional[str] = ..., parent_id: _Optional[str] = ..., sequence: _Optional[int] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., tag: _Optional[str] = ..., pid: _Optional[int] = ..., name: _Optional[str] = ..., cmdline: _Optional[str] = ..., host: _Optional[str] = ..., incremental: bool = ..., backend: _Optional[str] = ..., nr_pages: _Optional[int] = ..., bytes_raw: _Optional[int] = ..., bytes_stored: _Optional[int] = ..., format_version: _Optional[int] = ..., damaged: _Optional[str] = ..., pages_delta: _Optional[int] = ...) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ("store",)

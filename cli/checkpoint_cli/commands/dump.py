@@ -32,6 +32,7 @@ example:
 @click.option(
     "--parent", default="", metavar="IMAGE", help="Parent of --incremental (default: the last image)."
 )
+@click.option("--delta", is_flag=True, help="Store changed pages of --incremental as differences.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="How changes are found.")
 @click.option("--kill", is_flag=True, help="Kill the process once the image is safe.")
 @click.option(
@@ -58,6 +59,8 @@ def command(session: Session, pid: int, max_frozen: int, **options: Any) -> None
     """
     if options["parent"] and not options["incremental"]:
         raise click.UsageError("--parent goes with --incremental")
+    if options["delta"] and not options["incremental"]:
+        raise click.UsageError("--delta goes with --incremental")
     with session.client() as client:
         events = client.dump(pid, max_frozen_us=max_frozen, **options)
         summary = follow(session, client, events, f"dump of {pid}")
@@ -80,6 +83,10 @@ def _show(session: Session, summary: dict[str, Any]) -> None:
         f"{summary['pages_skipped_parent']} in the parent, {summary['pages_same']} the same, "
         f"{summary['pages_zero']} zero"
     )
+    if summary["pages_delta"]:
+        session.say(f"  deltas   {summary['pages_delta']} of the written pages are stored as differences")
+    elif summary["delta_reason"]:
+        session.say(f"  deltas   none: {summary['delta_reason']}")
     all_bytes = summary["pages_scanned"] * 4096
     saved = f", saves {100 - 100 * summary['bytes_stored'] / all_bytes:.1f} %" if all_bytes else ""
     session.say(

@@ -8,7 +8,7 @@ import click
 from checkpoint_cli.options import Session, session_options, store_option
 from checkpoint_cli.output import local_time, print_document, print_table, short_id, size
 
-HEADER = ("ID", "PARENT", "CREATED", "PID", "NAME", "BACKEND", "PAGES", "STORED", "TAG")
+HEADER = ("ID", "PARENT", "CREATED", "PID", "NAME", "BACKEND", "PAGES", "DELTAS", "STORED", "TAG")
 
 
 @click.command("ls", short_help="List images.", epilog="\b\nexample:\n  checkpoint ls")
@@ -42,9 +42,10 @@ def command(session: Session, pid: int, no_trunc: bool, store: str) -> None:
             image["name"] or "-",
             image["backend"] or "-",
             str(image["nr_pages"]),
+            str(image["pages_delta"] or "-"),
             size(image["bytes_stored"]),
             image["tag"] or ("DAMAGED" if image["damaged"] else ""),
         )
         for image in answer["images"]
     ]
-    print_table(HEADER, rows, right=("PID", "PAGES", "STORED"))
+    print_table(HEADER, rows, right=("PID", "PAGES", "DELTAS", "STORED"))

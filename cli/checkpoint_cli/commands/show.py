@@ -41,6 +41,7 @@ def command(session: Session, image: str, vmas: bool, store: str) -> None:
         ("backend", found["backend"]),
         ("memory", f"{found['nr_pages']} pages, {size(found['nr_pages'] * 4096)}"),
         ("written", size(found["bytes_raw"])),
+        ("deltas", f"{found['pages_delta']} pages" if found["pages_delta"] else ""),
         ("stored", size(found["bytes_stored"])),
         ("format", str(found["format_version"])),
     ]
