@@ -43,7 +43,7 @@ class VmaKind(enum.StrEnum):
     FILE_PRIVATE = "file-private"  # private mapping of a file: only its copied-on-write pages are ours
     FILE_SHARED = "file-shared"  # shared mapping of a file on disk: the file is the content
     SHMEM = "shmem"  # shared anonymous, memfd, tmpfs, System V: content saved once per object
-    HUGETLB = "hugetlb"
+    HUGETLB = "hugetlb"  # of a pool of huge pages (MAP_HUGETLB), private or shared
     VDSO = "vdso"
     VVAR = "vvar"
     VSYSCALL = "vsyscall"
@@ -66,6 +66,7 @@ class Vma:
         flags: the two-letter VmFlags of smaps (proc_pid_smaps(5)); empty when only maps was read.
         huge_bytes: AnonHugePages of smaps: how much of it lay in transparent huge pages then.
         protection_key: of pkeys(7); 0 for none.
+        pool_page_bytes: size of the pages of the hugetlb pool it is of; 0 for all other memory.
     """
 
     start: int
@@ -81,6 +82,7 @@ class Vma:
     flags: frozenset[str] = frozenset()
     huge_bytes: int = field(default=0, compare=False)
     protection_key: int = field(default=0, compare=False)
+    pool_page_bytes: int = field(default=0, compare=False)
 
     @property
     def nr_pages(self) -> int:

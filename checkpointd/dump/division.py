@@ -25,6 +25,7 @@ from checkpointd.memory import (
     VmaKind,
     intersect_runs,
     merge_runs,
+    nr_pages_in,
     subtract_runs,
 )
 from checkpointd.state.memory import AddressSpace
@@ -53,6 +54,29 @@ def joined(a: Runs, b: Runs) -> Runs:
 def runs_of_range(start: int, end: int) -> Runs:
     first, last = start >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
     return np.array([[first, last - first]], dtype=np.uint64)
+
+
+def private_requests(pid: int, dirty: Runs, alone: Runs, vmas: Sequence[Vma]) -> list[CopyRequest]:
+    """How the target's own pages are to be read.
+
+    Those of a hugetlb pool by /proc/PID/mem alone: process_vm_readv(2) pins, and one pinned that a forked relative maps
+    too is copied first, into another page of the pool.
+
+    Args:
+        alone: pages known to be mapped by nobody else.
+    """
+    rows = [(vma.first_page, vma.nr_pages) for vma in vmas if vma.kind is VmaKind.HUGETLB]
+    pool = merge_runs(np.array(rows, dtype=np.uint64).reshape(-1, 2))
+    rest = subtract_runs(dirty, pool)
+    alone = intersect_runs(rest, alone)
+    others = subtract_runs(rest, alone) if nr_pages_in(alone) < nr_pages_in(rest) else NO_RUNS
+    found = [
+        CopyRequest(pid, PRIVATE_OBJECT, alone, through_mem=False, alone=True),
+        CopyRequest(pid, PRIVATE_OBJECT, others, through_mem=False),
+    ]
+    if len(pool):
+        found.append(CopyRequest(pid, PRIVATE_OBJECT, intersect_runs(dirty, pool)))
+    return found
 
 
 def split_by_code(

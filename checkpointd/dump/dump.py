@@ -31,6 +31,7 @@ from checkpointd.dump.division import (
     check_complete,
     fork_pays,
     joined,
+    private_requests,
     runs_of_range,
     split_by_code,
     split_for_fork,
@@ -40,7 +41,7 @@ from checkpointd.dump.limits import Limits, Report
 from checkpointd.dump.options import DumpOptions
 from checkpointd.dump.page_reading import CopyRequest
 from checkpointd.dump.pages import PageWorker
-from checkpointd.dump.targets import KnownAlone, is_watched, written_beside
+from checkpointd.dump.targets import KnownAlone, forks_cost_pool_pages, is_watched, written_beside
 from checkpointd.errors import (
     Busy,
     CheckpointError,
@@ -58,7 +59,6 @@ from checkpointd.memory import (
     PRIVATE_OBJECT,
     Runs,
     Vma,
-    intersect_runs,
     merge_runs,
     nr_pages_in,
     subtract_runs,
@@ -134,7 +134,7 @@ class Dumper:
         self._features = features.probe()
         self.sleeps = sleeps or SleepMemory()
         self._forks = True  # until it was refused once
-        self._is_watched = False
+        self._may_fork = True  # as the mappings of the last freeze say
         self._precise = False
 
     def track(self, backend: str = "auto", *, precise: bool = False) -> Choice:
@@ -276,7 +276,7 @@ class Dumper:
             raise TargetGone(f"process {self.pid} has no address space (it is exiting)", pid=self.pid)
         captured = capture_address_space(self.pid, vmas, NO_RUNS, work.huge)
         at = work.mark("maps", at)
-        self._is_watched = is_watched(vmas)
+        self._may_fork = not (is_watched(vmas) or forks_cost_pool_pages(vmas))
         work.kernel_workers = frozen.has_kernel_workers
         collection = None
         copy: ForkedCopy | None = None
@@ -288,7 +288,7 @@ class Dumper:
                 early = partial(self._start_early, vmas, captured, options, work)
                 collection = self._collect(tracker, vmas, work, early)
                 tracepoint.hit("dump.collected")
-                self._plan(work, captured, collection)
+                self._plan(work, captured, collection, vmas)
                 self._check_budget(frozen, options, work)
                 if not (len(work.early) or options.kill or self._wants_fork(options, work)):
                     now, work.copies = split_by_code(work.copies, vmas)
@@ -308,7 +308,7 @@ class Dumper:
                 tracepoint.hit("dump.collect")
                 collection = self._collect_injected(options, remote, vmas, work)
                 tracepoint.hit("dump.collected")
-                self._plan(work, captured, collection)
+                self._plan(work, captured, collection, vmas)
                 at = work.mark("collecting", at)
             if self._wants_fork(options, work):
                 copy = self._fork(frozen, remote, work)
@@ -394,17 +394,14 @@ class Dumper:
             return
         if sum(source.object.size_bytes for source in captured.sources) > _SMALL_OBJECTS_BYTES:
             return
-        now, _ = split_by_code(self._requests(runs, work), vmas)
-        work.early = merge_runs(joined(now[0].runs, now[1].runs))
+        now, _ = split_by_code(self._requests(runs, work, vmas), vmas)
+        for request in now:
+            work.early = merge_runs(joined(work.early, request.runs))
         self._worker.start_copy(now)
 
-    def _requests(self, runs: Runs, work: _Work) -> list[CopyRequest]:
-        """Private pages, parted by whether it is known that nobody else maps them."""
+    def _requests(self, runs: Runs, work: _Work, vmas: tuple[Vma, ...]) -> list[CopyRequest]:
         alone = work.alone.still(self.pid) if work.alone else NO_RUNS
-        return [
-            CopyRequest(self.pid, PRIVATE_OBJECT, intersect_runs(runs, alone), through_mem=False, alone=True),
-            CopyRequest(self.pid, PRIVATE_OBJECT, subtract_runs(runs, alone), through_mem=False),
-        ]
+        return private_requests(self.pid, runs, alone, vmas)
 
     def _collect(
         self,
@@ -425,7 +422,7 @@ class Dumper:
             work.stats.warnings += [warning] if warning else []
         return found
 
-    def _plan(self, work: _Work, captured: CapturedSpace, found: Collection) -> None:
+    def _plan(self, work: _Work, captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ...]) -> None:
         stats = work.stats
         trusted = bool(stats.parent_id) and self.epoch_image_id == stats.parent_id
         stats.backend, stats.backend_reason = self.choice.backend, self.choice.reason
@@ -439,7 +436,7 @@ class Dumper:
             whole = runs_of_range(vma.start, vma.end)
             clean, dirty = subtract_runs(clean, whole), merge_runs(joined(dirty, whole))
         work.clean = clean
-        work.copies = self._requests(subtract_runs(dirty, work.early), work)
+        work.copies = self._requests(subtract_runs(dirty, work.early), work, vmas)
         stats.pages_scanned = nr_pages_in(clean) + nr_pages_in(dirty)
         for source in captured.sources:
             fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -457,7 +454,7 @@ class Dumper:
         return self._fork_pays(options, private, private + nr_pages_in(work.clean))
 
     def _fork_pays(self, options: DumpOptions, nr_dirty: int, nr_present: int) -> bool:
-        if options.kill or options.read_mode == "stopped" or self._is_watched:
+        if options.kill or options.read_mode == "stopped" or not self._may_fork:
             return False
         return options.read_mode == "fork" or (self._forks and fork_pays(nr_dirty, nr_present))
 
@@ -553,11 +550,13 @@ class Dumper:
             return 0
         written = None
         try:
-            nr_dirty = nr_present = work.nr_resident = process.nr_resident_pages(self.pid)
+            nr_pooled = process.nr_pool_pages(self.pid)
+            nr_dirty = nr_present = process.nr_resident_pages(self.pid) + nr_pooled
+            work.nr_resident = nr_present
             if options.incremental and self.last_image_id and isinstance(self._tracker, UffdWpTracker):
                 written = self._tracker.written_now(self.pid)
                 nr_dirty = min(nr_present, _SPARE_PAGES + nr_pages_in(written))
-            if self._fork_pays(options, nr_dirty, nr_present):
+            if not nr_pooled and self._fork_pays(options, nr_dirty, nr_present):
                 return 0
             if written is not None:
                 work.alone = KnownAlone.look(self.pid, written)

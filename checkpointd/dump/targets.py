@@ -103,6 +103,16 @@ def is_watched(vmas: Sequence[Vma]) -> bool:
     return any(vma.flags & {"um", "ui"} for vma in vmas)
 
 
+def forks_cost_pool_pages(vmas: Sequence[Vma]) -> bool:
+    """Does the target hold pages of a hugetlb pool as its own?
+
+    A forked copy would share them, and the target's next write to one take another page from the pool; of an empty pool
+    the kernel takes the copy's.  Whatever the flags say of MADV_DONTFORK: they may be older than the freeze.  Source:
+    Linux mm/hugetlb.c (hugetlb_wp, unmap_ref_private).
+    """
+    return any(vma.kind is VmaKind.HUGETLB and not vma.shared for vma in vmas)
+
+
 def written_beside(pid: int, vmas: Sequence[Vma], *, kernel_workers: bool) -> Runs:
     """Pages that may be written behind the back of page tables or of a freeze: read whatever the tracker says.
 

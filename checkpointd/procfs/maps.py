@@ -10,6 +10,7 @@ Source: proc_pid_maps(5), proc_pid_smaps(5); Linux fs/proc/task_mmu.c.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +23,14 @@ _LINE = re.compile(
 )
 _POPULATED = re.compile(rb"\n(?:(?:Rss|Swap|Shared_Hugetlb|Private_Hugetlb): +[1-9]|VmFlags:.* ht)")
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
+_POOL = re.compile(rb"^(?:Shared|Private)_Hugetlb: +([1-9]\d*) kB$", re.MULTILINE)
+_PAGE_SIZE = re.compile(rb"^KernelPageSize:\s+(\d+) kB$", re.MULTILINE)
 _KEY = re.compile(rb"^ProtectionKey:\s+([1-9]\d*)$", re.MULTILINE)
 _DELETED = b" (deleted)"
 
 # vm_flags of smaps that mark memory without struct pages behind it
 _DEVICE_FLAGS = frozenset({"io", "pf"})
+_HUGETLB_FLAG = "ht"
 
 
 def read_maps(pid: int) -> list[Vma]:
@@ -89,7 +93,9 @@ def parse_smaps(text: bytes) -> Iterator[Vma]:
         huge = text.find(b"\nAnonHugePages:", match.end(), end)
         huge_kib = int(text[huge + 15 : text.find(b"kB", huge)]) if huge >= 0 else 0
         key = _KEY.search(text, match.end(), end) if has_keys else None
-        yield _vma(match, frozenset(line.decode("ascii").split()), huge_kib << 10, int(key[1]) if key else 0)
+        flags = frozenset(line.decode("ascii").split())
+        size = _PAGE_SIZE.search(text, match.end(), end) if _HUGETLB_FLAG in flags else None
+        yield _vma(match, flags, huge_kib << 10, int(key[1]) if key else 0, int(size[1]) << 10 if size else 0)
 
 
 def read_populated(pid: int) -> list[tuple[int, int]]:
@@ -107,7 +113,29 @@ def parse_populated(text: bytes) -> Iterator[tuple[int, int]]:
             yield int(match[1], 16), int(match[2], 16)
 
 
-def _vma(match: re.Match[bytes], flags: frozenset[str], huge_bytes: int = 0, protection_key: int = 0) -> Vma:
+def read_pool_bytes(pid: int) -> dict[int, int]:
+    """What is in memory, or is being moved there, of each mapping of a hugetlb pool, by its start."""
+    with open(f"/proc/{pid}/smaps", "rb") as file:
+        return parse_pool_bytes(file.read())
+
+
+def parse_pool_bytes(text: bytes) -> dict[int, int]:
+    """See `read_pool_bytes`, of an smaps file; mappings that hold none may be missing."""
+    found: dict[int, int] = {}
+    starts = [(match.start(), int(match[1], 16)) for match in _LINE.finditer(text)]
+    for match in _POOL.finditer(text):
+        address = starts[bisect.bisect(starts, (match.start(),)) - 1][1]
+        found[address] = found.get(address, 0) + (int(match[1]) << 10)
+    return found
+
+
+def _vma(
+    match: re.Match[bytes],
+    flags: frozenset[str],
+    huge_bytes: int = 0,
+    protection_key: int = 0,
+    pool_page_bytes: int = 0,
+) -> Vma:
     start, end, r, w, x, sharing, offset, major, minor, inode, raw_path = match.groups()
     deleted = raw_path.endswith(_DELETED)
     if deleted:
@@ -130,6 +158,7 @@ def _vma(match: re.Match[bytes], flags: frozenset[str], huge_bytes: int = 0, pro
         flags=flags,
         huge_bytes=huge_bytes,
         protection_key=protection_key,
+        pool_page_bytes=pool_page_bytes,
     )
 
 
@@ -145,7 +174,7 @@ def _kind(path: str, shared: bool, dev: tuple[int, int], deleted: bool, flags: f
         return VmaKind.SHMEM if shared else VmaKind.ANON
     if path.startswith("/secretmem"):
         return VmaKind.SECRETMEM
-    if "ht" in flags or path.startswith("/anon_hugepage") or path.startswith("/memfd:hugepage"):
+    if _HUGETLB_FLAG in flags or path.startswith("/anon_hugepage") or path.startswith("/memfd:hugepage"):
         return VmaKind.HUGETLB
     if _DEVICE_FLAGS & flags or path.startswith("anon_inode:"):
         return VmaKind.DEVICE

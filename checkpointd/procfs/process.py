@@ -131,6 +131,11 @@ def nr_resident_pages(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1])
 
 
+def nr_pool_pages(pid: int) -> int:
+    """Pages of 4 KiB that lie in mapped pages of hugetlb pools, which do not count as resident."""
+    return int(read_status(pid).get("HugetlbPages", "0 kB").split()[0]) // 4
+
+
 def comm(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n").decode("utf-8", "surrogateescape")
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from checkpointd.errors import NotPermitted, RestoreConflict, Unsupported
+from checkpointd.errors import ImageDamaged, NotPermitted, RestoreConflict, Unsupported
 from checkpointd.linux import capability as cap
 from checkpointd.linux import prctl
 from checkpointd.linux.arch import Nr, cpu_flags
@@ -39,10 +39,13 @@ def check_machine(state: ImageState) -> None:
 
     Raises:
         Unsupported: with all reasons.
+        ImageDamaged: a mapping that no kernel has.
     """
     found = _cpu_blockers(state.process) + _vdso_blockers(state.address_space)
     for vma in state.address_space.vmas:
-        if vma.kind in (VmaKind.HUGETLB, VmaKind.DEVICE, VmaKind.SECRETMEM):
+        if vma.kind is VmaKind.HUGETLB and vma.pool_page_bytes.bit_count() != 1:
+            raise ImageDamaged(f"the mapping at {vma.start:x} is of pages of {vma.pool_page_bytes} bytes")
+        if vma.kind in (VmaKind.DEVICE, VmaKind.SECRETMEM):
             found.append(f"the image has a mapping of kind {vma.kind.value} at {vma.start:x}")
     if found:
         raise Unsupported(

@@ -17,9 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from checkpointd.errors import Unsupported
+from checkpointd.linux import hugetlb
 from checkpointd.linux.arch import ARCH_MAP_VDSO_64, Nr
 from checkpointd.linux.prctl import PR_SET_VMA, PR_SET_VMA_ANON_NAME
-from checkpointd.memory import PAGE_SIZE, TASK_SIZE, VmaKind
+from checkpointd.memory import NO_RUNS, PAGE_SIZE, TASK_SIZE, Runs, VmaKind
 from checkpointd.state.memory import AddressSpace, SharedObject, VmaState
 from checkpointd.target.remote import Call, Remote
 
@@ -127,7 +128,10 @@ def needs(space: AddressSpace) -> list[FdKey]:
 
 def is_raised(vma: VmaState) -> bool:
     """Is it made writable at first, to get its own protection after it was filled?"""
-    return not vma.shared and not vma.prot & PROT_WRITE and "ac" in vma.flags and vma.kind not in _KERNEL_MADE
+    if vma.shared or vma.prot & PROT_WRITE or vma.kind in _KERNEL_MADE:
+        return False
+    # what is of a hugetlb pool the kernel accounts otherwise, and through its protection nobody can write
+    return "ac" in vma.flags or vma.kind is VmaKind.HUGETLB
 
 
 def is_filled_writable(vma: VmaState) -> bool:
@@ -171,6 +175,8 @@ def mapping_steps(
             flags = MAP_FIXED_NOREPLACE | MAP_DROPPABLE
         if key is None:
             flags |= MAP_ANONYMOUS
+            if vma.kind is VmaKind.HUGETLB:
+                flags |= hugetlb.MAP_HUGETLB | hugetlb.size_flag(vma.pool_page_bytes)
         if "gd" in vma.flags:
             flags |= MAP_GROWSDOWN
         if "nr" in vma.flags:
@@ -221,6 +227,25 @@ def huge_steps(space: AddressSpace) -> list[Step]:
                 Step(Call(Nr.MADVISE, args), f"making huge pages of {start:x}-{end:x}", may_fail=True)
             )
     return steps
+
+
+def pool_steps(space: AddressSpace, held: Mapping[int, Runs]) -> list[Step]:
+    """Take from the pools of huge pages what the process held as its own, also what is all zeroes.
+
+    Where a mapping reserves nothing (MAP_NORESERVE) this is the moment at which a pool may turn out to be empty: here
+    an error, at the program's own touch a SIGBUS.
+
+    Args:
+        held: runs of huge pages (their numbers, by `pool_page_bytes`) of each mapping, by its start.
+    """
+    return [
+        Step(
+            Call(Nr.MADVISE, (first * vma.pool_page_bytes, nr * vma.pool_page_bytes, MADV_POPULATE_WRITE)),
+            f"taking {nr} pages of {vma.pool_page_bytes >> 10} KiB from their pool for {describe(vma)}",
+        )
+        for vma in space.vmas
+        for first, nr in held.get(vma.start, NO_RUNS).tolist()
+    ]
 
 
 def _sysv_steps(vmas: Sequence[VmaState], one: SharedObject, shmid: int, scratch: int) -> list[Step]:

@@ -35,9 +35,10 @@ from checkpointd.errors import CheckpointError, RestoreConflict, Unsupported
 from checkpointd.linux import prctl, ptrace
 from checkpointd.linux import signal as sig
 from checkpointd.linux.arch import Nr, mmap_min_addr
-from checkpointd.memory import PAGE_SIZE
+from checkpointd.linux.hugetlb import read_pools
+from checkpointd.memory import PAGE_SIZE, Runs
 from checkpointd.procfs import maps, process
-from checkpointd.restore import checks, plan
+from checkpointd.restore import checks, plan, pools
 from checkpointd.restore import signals as signal_steps
 from checkpointd.restore import threads as thread_steps
 from checkpointd.restore.files import FilesContext, after_credentials, check_files, restore_files
@@ -150,6 +151,7 @@ class _Restorer:
         )
         self.objects = Objects(self.space, self.opener, opened_for_writing)
         self.boot_id = process.boot_id()
+        self.held: dict[int, Runs] = {}  # of pools of huge pages
         self._phase_started_ns = time.monotonic_ns()
 
     # ---- conducting
@@ -223,6 +225,8 @@ class _Restorer:
                     conflicts.append(f"its {what} {path} is gone")
         allow_changes = self.options.files.changed == "allow"
         conflicts += self.objects.check(plan.needs(self.space), allow_changes=allow_changes)
+        self.held = pools.held_privately(self.space, self.image.pages)
+        conflicts += pools.shortages(pools.wanted(self.space, self.held), read_pools())
         if not allow_changes:
             conflicts += checks.file_conflicts(self.space, self.objects.fds)
         if self.files is not None:
@@ -319,6 +323,7 @@ class _Restorer:
         self._map_vdso(stub)
         self._mark("map")
         self._make_huge(stub)
+        self._take_from_pools(stub)
         nr_pages = fill(stub, self.image, self.space, self.objects, self.progress)
         self._mark("memory")
         self.progress("rebuilding", 0, 0)
@@ -395,6 +400,16 @@ class _Restorer:
         short = sum(size for size in wanted if isinstance(size, int))
         if short:
             self.warnings.append(f"up to {short >> 20} MiB that lay in huge pages came back in small ones")
+
+    def _take_from_pools(self, stub: Stub) -> None:
+        try:
+            stub.run(plan.pool_steps(self.space, self.held))
+        except StepFailedError as error:
+            raise RestoreConflict(
+                f"{error.what}: it has become empty since it was looked at",
+                hint="give it more pages (nr_hugepages in /sys/kernel/mm/hugepages), then restore again",
+                pid=stub.pid,
+            ) from error
 
     def _map_vdso(self, stub: Stub) -> None:
         steps = plan.vdso_steps(self.space)

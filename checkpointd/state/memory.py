@@ -56,6 +56,7 @@ class VmaState:
         object: id (>= 1) in `AddressSpace.objects` for shared memory, else None.
         guards: guard regions (MADV_GUARD_INSTALL, Linux 6.13) as (start, end) addresses.
         huge: what lay in transparent huge pages without the program's advice (MADV_HUGEPAGE), as (start, end).
+        pool_page_bytes: size of the pages of the hugetlb pool it is of (kind `HUGETLB`); 0 for all other memory.
     """
 
     start: int
@@ -70,6 +71,7 @@ class VmaState:
     object: int | None = None
     guards: tuple[tuple[int, int], ...] = ()
     huge: tuple[tuple[int, int], ...] = ()
+    pool_page_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,7 @@ def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs, huge: Run
                 object=obj,
                 guards=_cut(vma, guards),
                 huge=_cut(vma, huge),
+                pool_page_bytes=vma.pool_page_bytes,
             )
         )
     objects.add_open_memfds()

@@ -30,6 +30,7 @@ from checkpointd.state.process import Cpu, Host, Limit, MemoryLayout, ProcessSta
 from checkpointd.target.attachable import check_attachable, gone
 from checkpointd.target.freeze import Frozen
 from checkpointd.target.remote import Call, Remote
+from checkpointd.target.shared_objects import pool_device
 from checkpointd.target.signals import capture_signals
 from checkpointd.target.threads import SleepMemory, capture_threads, prepare_sleeps
 
@@ -222,7 +223,7 @@ def _sharers_of_memory(pid: int) -> list[str]:
 
 
 def vma_blockers(vmas: Iterable[Vma]) -> list[str]:
-    """Mappings that cannot be saved.  With flags (smaps) it sees more: device memory, shadow stacks, hugetlb."""
+    """Mappings that cannot be saved.  With flags (smaps) it sees more: device memory, shadow stacks."""
     found: list[str] = []
     for vma in vmas:
         if vma.kind is VmaKind.SECRETMEM:
@@ -238,7 +239,7 @@ def vma_blockers(vmas: Iterable[Vma]) -> list[str]:
         elif "ss" in vma.flags:
             found.append(f"mapping {vma} is a shadow stack")
         elif vma.kind is VmaKind.HUGETLB:
-            found.append(f"mapping {vma} is of the hugetlb pool, which is not restored yet")
+            found += _pool_blockers(vma)
         if vma.protection_key:
             found.append(
                 f"mapping {vma} has protection key {vma.protection_key} (pkeys), which is not restored"
@@ -246,6 +247,16 @@ def vma_blockers(vmas: Iterable[Vma]) -> list[str]:
         if vma.end > TASK_SIZE and vma.kind is not VmaKind.VSYSCALL:
             found.append(f"mapping {vma} lies above the 47-bit address space")
     return found
+
+
+def _pool_blockers(vma: Vma) -> list[str]:
+    if os.makedev(*vma.dev) != pool_device(vma.pool_page_bytes):
+        return [
+            f"mapping {vma} is of a file on a mounted hugetlbfs, which is not saved; memory made with MAP_HUGETLB is"
+        ]
+    if vma.shared or not vma.path.startswith("/anon_hugepage"):
+        return [f"mapping {vma} is of the hugetlb pool and shared, which is not restored yet"]
+    return []
 
 
 def capture_process(
@@ -268,7 +279,7 @@ def capture_process(
     try:
         if draft is None or draft.pid != pid:
             draft = ProcessDraft(pid)
-            _fill(draft, maps.read_maps(pid))
+            _fill(draft, maps.read_smaps(pid))
         asked = _ask(remote)
         blockers = [*draft.blockers, *asked.blockers, *_sharers_of_memory(pid)]
         if blockers:

@@ -3,7 +3,8 @@
 
 * anonymous VMA: the page is present and not the shared zero page, or really swapped out;
 * file-private VMA: the page is anonymous (copied on write) or swapped out; all else is the file's;
-* hugetlb private VMA: the page is present;
+* hugetlb private VMA: as file-private ones, but pages of a pool are never swapped out: what reads SWAPPED is being
+  moved in memory, and is waited for, or a marker;
 * pte markers (uffd-wp, guard) look SWAPPED and hold nothing.
 
 A page that holds no data is not in the image: restore gives zeroes, or the file.
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.memory import PAGE_SHIFT, TASK_SIZE, Runs, Vma, VmaKind, merge_runs
 from checkpointd.tracking.base import Space
+from checkpointd.tracking.pool_pages import scan_at_rest
 from checkpointd.tracking.presence_words import scan_words
 
 BoolArray = npt.NDArray[np.bool_]
@@ -82,6 +84,7 @@ def look(space: Space, sight: Sight, *, soft_dirty: bool = False) -> PresentRegi
 
     Raises:
         OSError: ENOTTY where `sight` is wrong about PAGEMAP_SCAN; ESRCH when the address space is gone.
+        CheckpointError: a page of a hugetlb pool is neither there nor absent.
     """
     if sight.has_scan:
         return scan_presence(
@@ -109,20 +112,25 @@ def scan_presence(
 
     Raises:
         OSError: ENOTTY without PAGEMAP_SCAN; ESRCH when the address space is gone.
+        CheckpointError: a page of a hugetlb pool is neither there nor absent.
     """
     returned = _RETURNED | (ps.PAGE_IS_GUARD if has_guard_category else 0)
     returned |= ps.PAGE_IS_SOFT_DIRTY if soft_dirty else 0
-    found = [
-        ps.scan(
-            pagemap,
-            start,
-            end,
-            anyof=ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED,
-            returned=returned if anonymous else returned | ps.PAGE_IS_FILE,
-        )
-        for start, end, anonymous in _stretches(vmas, skip)
-    ]
-    return holding_data(pagemap, np.concatenate(found) if found else ps.NO_REGIONS, vmas)
+
+    def regions() -> ps.Regions:
+        found = [
+            ps.scan(
+                pagemap,
+                start,
+                end,
+                anyof=ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED,
+                returned=returned if anonymous else returned | ps.PAGE_IS_FILE,
+            )
+            for start, end, anonymous in _stretches(vmas, skip)
+        ]
+        return np.concatenate(found) if found else ps.NO_REGIONS
+
+    return holding_data(pagemap, scan_at_rest(regions, vmas), vmas)
 
 
 def _stretches(vmas: Sequence[Vma], skip: Set[int]) -> list[tuple[int, int, bool]]:
@@ -162,7 +170,7 @@ def holding_data(pagemap: int, regions: ps.Regions, vmas: Sequence[Vma]) -> Pres
     own = np.array([private_data(vma) for vma in vmas] or [False], dtype=bool)[vma_at]
     huge = np.array([vma.kind is VmaKind.HUGETLB for vma in vmas] or [False], dtype=bool)[vma_at]
     zero_or_file = (categories & np.uint64(ps.PAGE_IS_PFNZERO | ps.PAGE_IS_FILE)) != 0
-    holds = own & present & (huge | ~zero_or_file)
+    holds = own & present & ~zero_or_file
     maybe = np.flatnonzero(own & swapped & ~huge & ~guard)
     if len(maybe) == 0:
         keep = np.flatnonzero(holds)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.memory import PAGE_SHIFT, PAGE_SIZE, Vma
 from checkpointd.procfs import maps
+from checkpointd.tracking.pool_pages import words_at_rest
 
 MAYBE_ZERO = 1 << 32
 """A category of ours: present, and it could not be told whether it is the shared page of zeroes."""
@@ -44,14 +45,19 @@ def scan_words(pid: int, pagemap: int, vmas: Sequence[Vma], *, soft_dirty: bool)
 
     Raises:
         OSError: the process is gone.
+        CheckpointError: a page of a hugetlb pool is neither there nor absent.
     """
-    found: list[ps.Regions] = []
-    for start, end in _overlaps(vmas, maps.read_populated(pid)):
-        for at in range(start, end, _CHUNK_PAGES * PAGE_SIZE):
-            nr_pages = min(_CHUNK_PAGES, (end - at) >> PAGE_SHIFT)
-            words = ps.read_words(pagemap, at >> PAGE_SHIFT, nr_pages)
-            found.append(regions_of(words, at >> PAGE_SHIFT, zero_frame(), soft_dirty=soft_dirty))
-    return np.concatenate(found) if found else np.zeros((0, 3), dtype=np.uint64)
+
+    def regions() -> ps.Regions:
+        found: list[ps.Regions] = []
+        for start, end in _overlaps(vmas, maps.read_populated(pid)):
+            for at in range(start, end, _CHUNK_PAGES * PAGE_SIZE):
+                nr_pages = min(_CHUNK_PAGES, (end - at) >> PAGE_SHIFT)
+                words = ps.read_words(pagemap, at >> PAGE_SHIFT, nr_pages)
+                found.append(regions_of(words, at >> PAGE_SHIFT, zero_frame(), soft_dirty=soft_dirty))
+        return np.concatenate(found) if found else np.zeros((0, 3), dtype=np.uint64)
+
+    return words_at_rest(pid, regions, vmas)
 
 
 def regions_of(words: npt.NDArray[np.uint64], first_page: int, zero: int, *, soft_dirty: bool) -> ps.Regions:

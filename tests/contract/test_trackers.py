@@ -35,6 +35,7 @@ from checkpointd.tracking.presence import Sight
 from checkpointd.tracking.soft_dirty import SoftDirtyTracker
 from checkpointd.tracking.uffd_wp import FEATURES, UffdWpTracker
 from tests import abilities
+from tests.huge_pool import pages_for_tests
 
 NR_PAGES = 64
 OPS = ("write", "write", "write", "read", "dontneed", "remap", "move", "protect", "guard", "unguard")
@@ -330,12 +331,14 @@ def test_write_that_samepage_merging_hides_is_not_lost(tracker, child, unmerge):
 
 def test_hugetlb_memory_is_never_called_clean(tracker, child):
     abilities.require("hugetlb")
-    child.do("hugetlb", FAR)
-    child.do("write", FAR, 1, 0)
-    collect(tracker, child)
-    tracker.commit()
-    child.do("write", FAR, 2, 0)
-    found = collect(tracker, child)
+    with pages_for_tests(2):
+        child.do("hugetlb", FAR)
+        child.do("write", FAR, 1, 0)
+        collect(tracker, child)
+        tracker.commit()
+        child.do("write", FAR, 2, 0)
+        found = collect(tracker, child)
+        child.do("unmap", FAR, TABLE)
     page = np.array([[AREA // PAGE_SIZE + FAR, TABLE]], dtype=np.uint64)
     assert len(intersect_runs(found.clean, page)) == 0
     assert len(intersect_runs(found.dirty, page)) == 1

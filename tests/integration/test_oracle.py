@@ -7,6 +7,7 @@ here, so that a failure is the same for everybody; the finding names seed and li
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from checkpointd.memory import NO_PAGES, PageNumbers, pages_of, runs_of
 from checkpointd.tracking.base import Collection, Space
 from checkpointd.tracking.uffd_wp import UffdWpTracker
 from tests import abilities
+from tests.huge_pool import pages_for_tests
 from tests.oracle import history, truth
 from tests.oracle.binding import CheckpointdEngine
 from tests.oracle.campaign import play
@@ -31,6 +33,17 @@ pytestmark = pytest.mark.needs("root", "ptrace", "gcc", "pagemap_scan")
 BACKENDS = ["uffd-wp", "content"]
 NEEDED = {"uffd-wp": "uffd_wp", "soft-dirty": "soft_dirty", "precise-soft-dirty": "precise"}
 HISTORIES_PER_TEST = 8
+
+
+@pytest.fixture(autouse=True)
+def huge_pages() -> Iterator[bool]:
+    """A pool for hugetlb slots, where one can be had; without, such commands fail and nothing comes of them."""
+    with contextlib.ExitStack() as pool:
+        has_pool = False
+        with contextlib.suppress(pytest.skip.Exception):
+            pool.enter_context(pages_for_tests(24, wait_s=0))
+            has_pool = True
+        yield has_pool
 
 
 def _engine(backend: str, read_mode: str = "auto", *, delta: bool = False) -> CheckpointdEngine:
@@ -105,6 +118,26 @@ def test_segment_mapped_longer_than_it_is_comes_back() -> None:
     """mremap(2) may grow a System V mapping beyond the end of its segment."""
     lines = ["map 0 sysv 0 9", "write 0 fill 0 9 5", "remap 0 resize 0 30", "freeze", "restore 0"]
     assert not play(lines, lambda: _engine("content")).findings
+
+
+@pytest.mark.needs("set_tid", "hugetlb")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("read_mode", ["stopped", "fork"])
+def test_pages_of_the_hugetlb_pool_are_true_and_come_back(
+    huge_pages: bool, backend: str, read_mode: str
+) -> None:
+    if not huge_pages:
+        pytest.skip("another test has the pool of huge pages")
+    lines = [
+        *("map 0 hugetlb 0 1", "map 1 anon 0 40", "write 0 fill 500 30 5", "write 1 fill 0 40 70", "freeze"),
+        *("write 0 byte 510 4 9", "relate 0", "freeze"),
+        *("write 0 zero 500 30 0", "advise 0 dontneed 600 1", "freeze", "restore 0"),
+        *("write 0 fill 600 3 800", "protect 0 none 0 9", "freeze", "restore 0", "restore 2", "freeze"),
+    ]
+    verdict = play(lines, lambda: _engine(backend, read_mode))
+    assert not verdict.findings, verdict
+    assert (verdict.nr_generations, verdict.nr_restores) == (5, 3)
+    assert verdict.nr_pages > 3 * 1024  # the pool's were among them
 
 
 @pytest.mark.parametrize("share", [1.0, 0.01])

@@ -131,7 +131,6 @@ def _refusing(target: OracleTarget, verdict: Verdict, dump: Callable[[], T]) -> 
     except Refused:
         verdict.nr_refused += 1
         target.tell("ring 0 close")
-        target.tell("unhuge 0")
         try:
             return dump()
         except Refused:

@@ -26,7 +26,7 @@ NR_FILES = 4
 _KINDS = (
     ("anon", 12), ("noreserve", 2), ("growsdown", 2), ("none", 2), ("populate", 3), ("locked", 2), ("thp", 2),
     ("shared", 4), ("zero", 2), ("sysv", 3), ("private-file", 5), ("shared-file", 2), ("file", 6),
-    ("file-private", 4), ("hugetlb", 1),
+    ("file-private", 4), ("hugetlb", 2),
 )  # fmt: skip
 _WRITES = (("fill", 10), ("byte", 8), ("stride", 4), ("zero", 4), ("same", 3), ("read", 4))
 _ADVICE = (

@@ -16,6 +16,7 @@ from tests.oracle.engine import PRIVATE, U64, Generation, Pages
 from tests.oracle.truth import PAGE, Contents, Mapping, Truth
 
 MAX_FINDINGS = 12
+_ANONYMOUS = ("/dev/zero", "/anon_hugepage")
 
 
 def judge(before: Truth, after: Truth, image: Generation) -> list[str]:
@@ -215,9 +216,18 @@ def _merge(spans: list[Span]) -> list[Span]:
 
 
 def _spans(mappings: list[Mapping]) -> list[Span]:
-    """A private mapping of /dev/zero is anonymous memory by another name."""
+    """Private mappings of /dev/zero and of a hugetlb pool are anonymous memory by another name."""
     return _merge(
-        [(m.start, m.end, m.prot, m.offset, m.inode != 0 and m.path != "/dev/zero") for m in mappings]
+        [
+            (
+                m.start,
+                m.end,
+                m.prot,
+                m.offset,
+                m.inode != 0 and (m.shared or not m.path.startswith(_ANONYMOUS)),
+            )
+            for m in mappings
+        ]
     )
 
 

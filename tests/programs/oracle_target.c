@@ -112,6 +112,15 @@ static size_t cut(struct slot *s, size_t first, size_t n, char **at)
 	return n;
 }
 
+// The same for calls that want whole pages, which of a hugetlb slot are huge ones.
+static size_t cut_whole(struct slot *s, size_t first, size_t n, char **at)
+{
+	if (!(n = cut(s, first, n, at)) || !s->is_hugetlb)
+		return n;
+	char *end = (char *)(((uintptr_t)*at + n * PAGE + HUGE - 1) & ~(HUGE - 1));
+	*at = (char *)((uintptr_t)*at & ~(HUGE - 1));
+	return (end - *at) / PAGE;
+}
 
 static long do_map(unsigned n, const char *kind, size_t pages, unsigned file, void *where, int extra)
 {
@@ -132,7 +141,7 @@ static long do_map(unsigned n, const char *kind, size_t pages, unsigned file, vo
 	if (!strcmp(kind, "locked"))
 		return keep(n, mmap(where, size, rw, priv | MAP_LOCKED | extra, -1, 0), pages);
 	if (!strcmp(kind, "hugetlb")) {
-		rc = keep(n, mmap(NULL, HUGE, rw, priv | MAP_HUGETLB, -1, 0), HUGE / PAGE);
+		rc = keep(n, mmap(NULL, 2 * HUGE, rw, priv | MAP_HUGETLB, -1, 0), 2 * HUGE / PAGE);
 		slots[n % NR_SLOTS].is_hugetlb = !rc;
 		return rc;
 	}
@@ -234,7 +243,7 @@ static long do_advise(struct slot *s, const char *what, size_t first, size_t n)
 		{"populate-read", 22}, {"populate-write", 23}, {"dontdump", MADV_DONTDUMP},
 	};
 	char *at;
-	if (!(n = cut(s, first, n, &at)))
+	if (!(n = cut_whole(s, first, n, &at)))
 		return -ENOENT;
 	for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
 		if (!strcmp(what, table[i].name))
@@ -688,7 +697,7 @@ static long obey(char *line)
 	if (!strcmp(verb, "write"))                                   // write SLOT HOW FIRST PAGES VALUE
 		return do_write(s, word, first, pages, value);
 	if (!strcmp(verb, "unmap")) {                                 // unmap SLOT all|part FIRST PAGES
-		if (!(pages = cut(s, first, pages, &at)))
+		if (!(pages = cut_whole(s, first, pages, &at)))
 			return -ENOENT;
 		if (!strcmp(word, "all")) {
 			at = s->at;
@@ -698,7 +707,7 @@ static long obey(char *line)
 		return munmap(at, pages * PAGE) ? -errno : 0;
 	}
 	if (!strcmp(verb, "protect")) {                               // protect SLOT none|r|rw FIRST PAGES
-		if (!(pages = cut(s, first, pages, &at)))
+		if (!(pages = cut_whole(s, first, pages, &at)))
 			return -ENOENT;
 		int prot = !strcmp(word, "rw") ? PROT_READ | PROT_WRITE : !strcmp(word, "r") ? PROT_READ : PROT_NONE;
 		return mprotect(at, pages * PAGE, prot) ? -errno : 0;
@@ -737,12 +746,6 @@ static long obey(char *line)
 		return !strcmp(word, "stop") ? storm_stop() : storm_start(n, pages, !strcmp(word, "direct"));
 	if (!strcmp(verb, "fork"))                                    // fork SLOT _ FIRST PAGES VALUE
 		return forked(s, first, pages, value);
-	if (!strcmp(verb, "unhuge")) {                                // give the hugetlb slots back
-		for (unsigned k = 0; k < NR_SLOTS; k++)
-			if (slots[k].pages && slots[k].is_hugetlb)
-				free_slot(k);
-		return 0;
-	}
 	if (!strcmp(verb, "where"))                                   // where SLOT: its address
 		return s->pages ? (long)(uintptr_t)s->at : -ENOENT;
 	if (!strcmp(verb, "exec")) {                                  // a new program at the same FIFOs
