@@ -160,6 +160,7 @@ def test_a_program_that_replaces_itself(start):
 
 def test_a_vfork_parent_is_busy_and_runs_on(start):
     target = start("vfork")
+    target.wait_step()
     with pytest.raises(Busy, match="uninterruptible"):
         freeze(target.pid, timeout_s=0.2)
     assert "t" not in _states(target.pid).values()
@@ -171,6 +172,7 @@ def test_a_thread_that_hangs_after_the_check_is_let_go(start, monkeypatch):
 
     target = start("vfork")
     monkeypatch.setattr(attachable, "wait_until_interruptible", lambda *args: set())
+    target.wait_step()
     with pytest.raises(Busy) as caught:
         freeze(target.pid, timeout_s=0.2)
     assert "stragglers" not in caught.value.details
@@ -343,12 +345,16 @@ from checkpointd.errors import CheckpointError
 from checkpointd.target import attachable, freeze
 attachable.wait_until_interruptible = lambda *args: set()
 freeze._LINGER_S = 0.1
+print("ready", flush=True)
+sys.stdin.readline()
 try:
     freeze.freeze(int(sys.argv[1]), timeout_s=0.1)
 except CheckpointError as error:
     assert error.details["stragglers"], error
     assert freeze.left_attached() == set(error.details["stragglers"])
     print("attached", flush=True)
+else:
+    sys.exit("it was stopped after all")
 sys.stdin.read()
 """
 
@@ -358,6 +364,10 @@ def test_a_thread_that_could_not_be_let_go_is_known_and_free_when_we_end(start):
     child = subprocess.Popen(
         [sys.executable, "-c", _GIVES_UP, str(target.pid)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+    assert child.stdout.readline() == b"ready\n"
+    target.wait_step()
+    child.stdin.write(b"now\n")
+    child.stdin.flush()
     assert child.stdout.readline() == b"attached\n"
     child.communicate()
     assert child.returncode == 0

@@ -132,6 +132,11 @@ class Target:
     def progress(self) -> int:
         return self._word(_PROGRESS)
 
+    def wait_step(self) -> None:
+        """Wait for its next step: what it does in turns has just begun anew."""
+        before = self.progress
+        self._wait(lambda: self.progress != before, "its next step")
+
     def _wait(self, condition, what: str, timeout_s: float = _SETTLE_S) -> None:
         until = time.monotonic() + timeout_s
         while not condition():
