@@ -14,10 +14,12 @@ Raises what the child raised (a CheckpointError), and CheckpointError when the c
 
 from __future__ import annotations
 
+import pickle
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,6 +27,7 @@ from checkpointd.errors import CheckpointError
 from checkpointd.procfs.process import read_stat
 
 _STOPPED_CHECK_S = 0.5
+_FITS_BYTES = 64 << 10  # a socket takes more than twice that without a reader
 
 Heard = Callable[[int, int], None]
 """Gets (pages done, pages in all); what it raises stops the work."""
@@ -65,10 +68,23 @@ class Child:
         return self.receive(heard)
 
     def send(self, operation: str, *args: Any) -> None:
+        message = pickle.dumps((operation, args), protocol=pickle.HIGHEST_PROTOCOL)
         try:
-            self._connection.send((operation, args))
+            if len(message) <= _FITS_BYTES:
+                self._connection.send_bytes(message)
+            else:
+                self._send_watched(message)
         except OSError as error:
             raise self._gone() from error
+
+    def _send_watched(self, message: bytes) -> None:
+        """More than the socket takes at once: it goes on only while the child reads."""
+        with ThreadPoolExecutor(1) as sender:
+            sending = sender.submit(self._connection.send_bytes, message)
+            was_stopped = False
+            while not wait([sending], _STOPPED_CHECK_S).done:
+                was_stopped = self._kill_if_stopped(was_stopped)
+            sending.result()
 
     def receive(self, heard: Heard | None = None) -> Any:
         """The answer to what was sent."""
@@ -112,14 +128,15 @@ class Child:
     def _next_answer(self) -> Any:
         was_stopped = False
         while not self._connection.poll(_STOPPED_CHECK_S):
-            is_stopped = self._is_stopped()
-            if is_stopped and was_stopped:
-                self._process.kill()
-            was_stopped = is_stopped
+            was_stopped = self._kill_if_stopped(was_stopped)
         return self._connection.recv()
 
-    def _is_stopped(self) -> bool:
+    def _kill_if_stopped(self, was_stopped: bool) -> bool:
+        """Kill it when it is found stopped twice in a row; is it stopped now?"""
         try:
-            return read_stat(self._process.pid).state in "tT"
+            is_stopped = read_stat(self._process.pid).state in "tT"
         except (OSError, ValueError):
             return False
+        if is_stopped and was_stopped:
+            self._process.kill()
+        return is_stopped

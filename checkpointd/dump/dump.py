@@ -92,13 +92,15 @@ class _Work:
     """One dump under way.
 
     Attributes:
-        early: pages whose reading began while the tracker was still collecting; not in `copies`.
+        has_begun: reading began while the tracker was still collecting.
+        early: the pages of that; not in `copies`.
         nr_resident: pages the target held before the freeze, about.
     """
 
     stats: DumpStats
     limits: Limits
     copies: list[CopyRequest] = field(default_factory=list)
+    has_begun: bool = False
     early: Runs = field(default_factory=lambda: NO_RUNS)
     nr_resident: int = 0
     clean: Runs = field(default_factory=lambda: NO_RUNS)
@@ -290,7 +292,7 @@ class Dumper:
                 tracepoint.hit("dump.collected")
                 self._plan(work, captured, collection, vmas)
                 self._check_budget(frozen, options, work)
-                if not (len(work.early) or options.kill or self._wants_fork(options, work)):
+                if not (work.has_begun or options.kill or self._wants_fork(options, work)):
                     now, work.copies = split_by_code(work.copies, vmas)
                     self._worker.start_copy(now)
             except TrackingLostError as error:
@@ -311,6 +313,8 @@ class Dumper:
                 self._plan(work, captured, collection, vmas)
                 at = work.mark("collecting", at)
             if self._wants_fork(options, work):
+                # what is being read must not become shared meanwhile
+                self._worker.finish_copy(work.limits.while_frozen(frozen, report))
                 copy = self._fork(frozen, remote, work)
         at = work.mark("leaving", at)
         space = with_guards(captured.space, collection.guards)
@@ -387,17 +391,20 @@ class Dumper:
     ) -> None:
         """Have pages read that a tracker calls dirty while it goes on.
 
-        Not beside shared objects of any size: these could then be read only after all else.
+        Not beside shared objects of any size: these could then be read only after all else.  Nor where more than what
+        was written will be read, which may want a forked copy.
         """
         nr_pages = nr_pages_in(runs)
-        if not nr_pages or options.kill or self._fork_pays(options, nr_pages, work.nr_resident):
+        if options.kill or not self._is_trusted(work) or self._fork_pays(options, nr_pages, work.nr_resident):
             return
         if sum(source.object.size_bytes for source in captured.sources) > _SMALL_OBJECTS_BYTES:
             return
         now, _ = split_by_code(self._requests(runs, work, vmas), vmas)
         for request in now:
             work.early = merge_runs(joined(work.early, request.runs))
-        self._worker.start_copy(now)
+        if len(work.early):
+            self._worker.start_copy(now)
+            work.has_begun = True
 
     def _requests(self, runs: Runs, work: _Work, vmas: tuple[Vma, ...]) -> list[CopyRequest]:
         alone = work.alone.still(self.pid) if work.alone else NO_RUNS
@@ -424,7 +431,7 @@ class Dumper:
 
     def _plan(self, work: _Work, captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ...]) -> None:
         stats = work.stats
-        trusted = bool(stats.parent_id) and self.epoch_image_id == stats.parent_id
+        trusted = self._is_trusted(work)
         stats.backend, stats.backend_reason = self.choice.backend, self.choice.reason
         clean, dirty = found.clean, found.dirty
         if not trusted and len(clean):
@@ -448,6 +455,10 @@ class Dumper:
             work.copies.append(CopyRequest(self.pid, source.object.id, runs, source=source.path))
         stats.pages_dirty = nr_pages_in(work.early) + sum(nr_pages_in(r.runs) for r in work.copies)
         stats.read_mode = "stopped"
+
+    def _is_trusted(self, work: _Work) -> bool:
+        """Does the tracker's epoch begin at the parent?"""
+        return bool(work.stats.parent_id) and self.epoch_image_id == work.stats.parent_id
 
     def _wants_fork(self, options: DumpOptions, work: _Work) -> bool:
         private = sum(nr_pages_in(r.runs) for r in work.copies if r.obj == PRIVATE_OBJECT)

@@ -64,6 +64,7 @@ class PageServer:
         self._copied: list[tuple[int, Runs, int]] = []  # (object, runs, offset in the buffer)
         self._used = 0
         self._pool = ThreadPoolExecutor(NR_THREADS)
+        self._one_thread = ThreadPoolExecutor(1)
 
     def begin(self, store: str, parent: str, compress: str, delta: bool, expected_pages: int) -> None:
         self.abort()
@@ -89,7 +90,8 @@ class PageServer:
             self._store, self._store_path, self._parent = Store.open(store), store, None
         return self._store
 
-    def copy(self, requests: list[CopyRequest]) -> None:
+    def copy(self, requests: list[CopyRequest], beside: bool = False) -> None:
+        """Read into the buffer.  `beside`: the agent has work to do meanwhile; little is then left to one thread."""
         buffer = self._room()
         wanted = sum(nr_pages_in(request.runs) for request in requests)
         free = len(buffer.bytes) // PAGE_SIZE - self._used // PAGE_SIZE
@@ -99,16 +101,15 @@ class PageServer:
             self._read_and_encode(beyond, delta=False)
         buffer.touch(self._used + min(wanted, free) * PAGE_SIZE, self._pool)
         jobs: list[tuple[CopyRequest, Runs, int]] = []
+        alone = beside and wanted <= _ONE_THREAD_PAGES
         piece_pages = min(_PIECE_PAGES, -(-wanted // (2 * NR_THREADS)))
-        if wanted <= _ONE_THREAD_PAGES:
-            # the agent is busy with the target meanwhile: leave them a CPU
-            piece_pages = _ONE_THREAD_PAGES
         for request in requests:
             self._copied.append((request.obj, request.runs, self._used))
             for piece in pieces(request.runs, piece_pages):
                 jobs.append((request, piece, self._used))
                 self._used += nr_pages_in(piece) * PAGE_SIZE
-        self._each(lambda job: read(job[0], job[1], buffer.bytes, job[2]), jobs, _pages_of_job)
+        threads = self._one_thread if alone else self._pool
+        self._each(lambda job: read(job[0], job[1], buffer.bytes, job[2]), jobs, _pages_of_job, threads)
 
     def inherit(self, runs: Runs) -> None:
         self._need().inherit(PRIVATE_OBJECT, pages_of(runs))
@@ -189,7 +190,13 @@ class PageServer:
         if self._buffer is not None:
             self._buffer.shrink(KEPT_BYTES)
 
-    def _each(self, work: Callable[[Any], None], jobs: list[Any], size: Callable[[Any], int]) -> None:
+    def _each(
+        self,
+        work: Callable[[Any], None],
+        jobs: list[Any],
+        size: Callable[[Any], int],
+        threads: ThreadPoolExecutor | None = None,
+    ) -> None:
         """Do the jobs, telling how far they are; none is under way any more when this returns or raises.
 
         Raises:
@@ -198,7 +205,7 @@ class PageServer:
         if len(jobs) == 1:
             work(jobs[0])
             return
-        futures = {self._pool.submit(work, job): size(job) for job in jobs}
+        futures = {(threads or self._pool).submit(work, job): size(job) for job in jobs}
         done, total, told_at = 0, sum(futures.values()), time.monotonic()
         try:
             for future in as_completed(futures):
@@ -209,8 +216,12 @@ class PageServer:
                 if now - told_at >= _PROGRESS_INTERVAL_S:
                     told_at = now
                     self._connection.send(("progress", (done, total)))
-                if self._connection.poll():  # nothing but "stop" comes now
-                    self._connection.recv()
+                if self._connection.poll():
+                    operation, _ = self._connection.recv()
+                    if operation != "stop":
+                        raise CheckpointError(
+                            f"the agent asked for {operation} in the middle of another request"
+                        )
                     raise Cancelled("the agent stopped it")
         except Exception as first:
             for future in futures:

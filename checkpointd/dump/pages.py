@@ -55,12 +55,12 @@ class PageWorker:
         With `delta`, `encode` and `read_and_encode` read the parent's pages too; `copy` never does.
         """
         self._revive()
-        self._child.ask("begin", store, parent, compress, delta, expected_pages)
+        self._ask("begin", store, parent, compress, delta, expected_pages)
 
     def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
         """See `Store.latest_of`."""
         self._revive()
-        found: str = self._child.ask("latest_of", store, pid, start_time, boot_id)
+        found: str = self._ask("latest_of", store, pid, start_time, boot_id)
         return found
 
     def copy(self, requests: list[CopyRequest], heard: Heard | None = None) -> None:
@@ -69,11 +69,12 @@ class PageWorker:
         Raises:
             TargetGone: it died while being read.
         """
-        self._child.ask("copy", requests, heard=heard)
+        self._ask("copy", requests, heard=heard)
 
     def start_copy(self, requests: list[CopyRequest]) -> None:
         """Like `copy`, but the answer is taken by `finish_copy`, which must be the next call (or `abort`)."""
-        self._child.send("copy", requests)
+        self._check_idle()
+        self._child.send("copy", requests, True)
         self._copying = True
 
     def finish_copy(self, heard: Heard | None = None) -> None:
@@ -88,19 +89,19 @@ class PageWorker:
 
     def inherit(self, runs: Runs) -> None:
         """Take private pages from the parent."""
-        self._child.ask("inherit", runs)
+        self._ask("inherit", runs)
 
     def encode(self, heard: Heard | None = None) -> None:
         """Hash, compress and write what `copy` brought; the buffer is free again."""
-        self._child.ask("encode", heard=heard)
+        self._ask("encode", heard=heard)
 
     def read_and_encode(self, requests: list[CopyRequest], heard: Heard | None = None) -> None:
         """Read from something that stays still (a forked copy) piece by piece, in bounded memory."""
-        self._child.ask("read_and_encode", requests, heard=heard)
+        self._ask("read_and_encode", requests, heard=heard)
 
     def commit(self, meta: dict[str, Any], state: bytes) -> dict[str, Any]:
         """Make the image durable; its ImageInfo with pages_zero, pages_same, pages_written, nr_inherited."""
-        found: dict[str, Any] = self._child.ask("commit", meta, state)
+        found: dict[str, Any] = self._ask("commit", meta, state)
         return found
 
     def abort(self) -> None:
@@ -109,7 +110,18 @@ class PageWorker:
             self._child.send("stop")
             with contextlib.suppress(CheckpointError):
                 self.finish_copy()
-        self._child.ask("abort")
+        self._ask("abort")
+
+    def _ask(self, operation: str, *args: Any, heard: Heard | None = None) -> Any:
+        self._check_idle()
+        return self._child.ask(operation, *args, heard=heard)
+
+    def _check_idle(self) -> None:
+        """Two requests at once would take each other's answers: a page could be taken for read that is not."""
+        if self._copying:
+            raise CheckpointError(
+                "the page worker is asked for something while it reads; this is a defect of ours"
+            )
 
     def close(self) -> None:
         """End the worker; an image not committed is aborted."""

@@ -279,8 +279,10 @@ def _look_for_data(fd: int, size_bytes: int) -> U64:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
             at = os.lseek(fd, start, os.SEEK_HOLE)
-        except OSError:  # ENXIO: no data behind `at`; or a relative that runs has just cut the object
-            break
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break  # no data behind `at`; or a relative that runs has just cut the object
         parts.append(np.arange(start // PAGE, -(-at // PAGE), dtype=np.uint64))
     return np.concatenate(parts) if parts else NO_PAGES
 

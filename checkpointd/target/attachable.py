@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -221,18 +222,20 @@ def in_frozen_cgroup(pid: int) -> Busy:
 
 def not_stopped(pid: int, tids: list[int], **details: list[int]) -> Busy:
     """The error for threads that did not stop in time.  One that only waits for a CPU is no uninterruptible sleep."""
-    try:
-        starved = process.read_stat(pid, tids[0]).state == "R"
-    except (OSError, ValueError):
-        starved = False
-    if starved:
-        what = "got no CPU in time and could not be stopped"
-        hint = "the machine is overloaded; try again when less is running"
+    states = {}
+    for tid in tids:
+        with contextlib.suppress(OSError, ValueError):
+            states[tid] = process.read_stat(pid, tid).state
+    # the one to name: one that sleeps, if any does
+    tid = next((tid for tid in tids if states.get(tid) != "R"), tids[0])
+    if states.get(tid) == "R":
+        what = "could not be stopped in time: it got no CPU, or is long busy in the kernel"
+        hint = "try again, when less is running on this machine"
     else:
         what = "is in an uninterruptible sleep and cannot be stopped now"
         hint = "it waits for a vfork child or for a device; try again when that is over"
     return Busy(
-        f"thread {tids[0]} of process {pid} {what}",
+        f"thread {tid} of process {pid} {what}",
         hint=hint,
         pid=pid,
         tids=tids,

@@ -9,6 +9,7 @@ Source: proc_pid_map_files(5), proc_pid_fd(5), /proc/sysvipc/shm in proc(5).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import os
@@ -310,8 +311,10 @@ def _look(fd: int, size_bytes: int) -> Runs:
     while (start := _next_data(fd, at, size_bytes)) < size_bytes:
         try:
             end = os.lseek(fd, start, os.SEEK_HOLE)
-        except OSError:  # ENXIO: a relative that runs has just cut the object
-            break
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break  # a relative that runs has just cut the object
         first, last = start >> PAGE_SHIFT, (end + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT
         found.append((first, last - first))
         at = end
@@ -322,5 +325,7 @@ def _next_data(fd: int, at: int, size_bytes: int) -> int:
     """Where data begins at or behind `at`; `size_bytes` when there is none."""
     try:
         return min(os.lseek(fd, at, os.SEEK_DATA), size_bytes)
-    except OSError:  # ENXIO
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
         return size_bytes

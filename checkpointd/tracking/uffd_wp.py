@@ -153,8 +153,8 @@ class UffdWpTracker:
         longer what it was: emptied pages, guards.
 
         One walk looks and arms: nobody can write between the two, so these pages can be read at once.  Holes are looked
-        at apart, because arming one that was never touched would cost page tables, and after it: what the kernel
-        discards in between (MADV_FREE) is in both.
+        at apart, because arming one that was never touched would cost page tables, and after it: a page that the kernel
+        discards in between (MADV_FREE) is in both, and so is, as WRITTEN, a hole that somebody fills in between.
         """
         guard = ps.PAGE_IS_GUARD if self._has_guard_category else 0
         vmas = [space.vmas[n] for n in which]
@@ -180,11 +180,12 @@ class UffdWpTracker:
         if space.early is not None:
             space.early(present.runs)
         tracepoint.hit("track.written")
-        # an armed guard page does not read WRITTEN
-        others = walk(ps.PAGE_IS_PRESENT, ps.PAGE_IS_PRESENT, ps.PAGE_IS_WRITTEN | guard, 0)
-        swapped = (others[:, 2] & np.uint64(ps.PAGE_IS_SWAPPED)) != 0
-        if swapped.any():
-            regions = np.concatenate((taken, others[swapped]))
+        # An armed guard page does not read WRITTEN.  What holds data here was filled between the walks, or written
+        # again: by somebody who does not stand still, and it is not armed.
+        others = walk(0, 0, ps.PAGE_IS_WRITTEN | guard, 0)
+        holding = (others[:, 2] & np.uint64(ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED)) != 0
+        if holding.any():
+            regions = np.concatenate((taken, others[holding]))
             regions = regions[np.argsort(regions[:, 0], kind="stable")]
             present = holding_data(space.pagemap, regions, vmas)
         found = np.concatenate((taken, others))

@@ -136,6 +136,32 @@ def test_pages_told_early_are_dirty_and_armed(area: Area, tracker: uffd_wp.UffdW
     assert 24 not in area.pages(second.clean)
 
 
+@pytest.mark.parametrize("by_writing", [True, False])
+def test_an_emptied_page_that_somebody_fills_between_the_steps_is_not_the_parents(
+    area: Area, tracker: uffd_wp.UffdWpTracker, by_writing: bool
+) -> None:
+    tracker.collect(area.space())
+    tracker.commit()
+    for step in STEPS:
+        area.bytes[0] = 3
+        area.discard(5)
+
+        def fill(_: str) -> None:
+            if by_writing:
+                area.bytes[5 * PAGE_SIZE] = 77
+            else:
+                assert area.bytes[5 * PAGE_SIZE] == 0
+
+        tracepoint.register(step, fill, at=1)
+        found = tracker.collect(area.space())
+        tracker.commit()
+        tracepoint.clear()
+        assert 5 not in area.pages(found.clean), step
+        area.bytes[5 * PAGE_SIZE] = 1
+        assert 5 in area.pages(tracker.collect(area.space()).dirty), step
+        tracker.commit()
+
+
 @pytest.mark.parametrize("nr_runs", [FEW, MANY])
 def test_own_write_protection_of_the_target_is_left_alone(
     area: Area, tracker: uffd_wp.UffdWpTracker, nr_runs: int

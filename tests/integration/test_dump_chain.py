@@ -38,9 +38,9 @@ for line in sys.stdin:
 
 
 class Target:
-    def __init__(self):
+    def __init__(self, source=SOURCE, *words):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SOURCE],
+            [sys.executable, "-c", source, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -154,6 +154,50 @@ def test_pages_are_read_while_the_tracker_goes_on(target, dumper, store, tmp_pat
         )
         assert target.memory_differs_from(store.load(made.image_id)) == []
     assert seen == [True] * 3
+
+
+JIT = """
+import ctypes, mmap, sys
+libc = ctypes.CDLL(None)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+kinds = sys.argv[1].split(",")
+areas = []
+for kind in kinds:
+    area = mmap.mmap(-1, 256 * 4096, prot=3 | (4 if kind == "rwx" else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    area.madvise(mmap.MADV_NOHUGEPAGE)
+    for page in range(256):
+        area[page * 4096] = 1
+    areas.append(area)
+if kinds == ["rwx"]:  # all that it may write, the stack too, is executable, as in some language implementations
+    for line in open("/proc/self/maps"):
+        span, access, _, _, inode, *path = line.split()
+        if access == "rw-p" and inode == "0" and path != ["[vvar]"]:
+            start, end = (int(word, 16) for word in span.split("-"))
+            libc.mprotect(start, end - start, 7)
+print("ready", flush=True)
+for line in sys.stdin:
+    for word in line.split():
+        page, value = word.split("=")
+        areas[0][int(page) * 4096 + 7] = int(value)
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("kinds", ["rwx", "rwx,rw"])
+def test_memory_that_is_writable_and_executable(store, tmp_path, kinds):
+    """Pages of code are read after the injection: of what is written there nothing can be read early."""
+    target = Target(JIT, kinds)
+    dumper = Dumper(target.pid)
+    try:
+        for step in range(4):
+            made = dumper.dump(options(tmp_path, incremental=step > 0))
+            assert target.memory_differs_from(store.load(made.image_id)) == []
+            assert len(store.images()) == step + 1
+            target.write(p3=step + 2, p200=step + 2)
+    finally:
+        dumper.close()
+        target.process.kill()
+        target.process.wait()
 
 
 POINTS = ["track.written", "track.armed", "dump.collected", "dump.copied", "dump.thawed", "dump.commit"]
