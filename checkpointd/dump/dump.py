@@ -75,6 +75,7 @@ from checkpointd.target.inject import Injection
 from checkpointd.target.memory import CapturedSpace, capture_address_space, data_extents, huge_runs
 from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
 from checkpointd.target.remote import Remote
+from checkpointd.target.threads import note_sleeps
 from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
 from checkpointd.tracking.content import ContentTracker
 from checkpointd.tracking.make import make_tracker, needs_switch_off, switch_is_on, switch_off
@@ -148,9 +149,11 @@ class Dumper:
         Raises:
             KernelLacks: neither can be had.
         """
-        with freeze(self.pid) as frozen, frozen.inject() as remote:
-            self._precise = precise
-            self._make_tracker(backend, remote)
+        with freeze(self.pid) as frozen:
+            note_sleeps(frozen, self.sleeps)
+            with frozen.inject() as remote:
+                self._precise = precise
+                self._make_tracker(backend, remote)
         return self.choice
 
     def arm_restored(self, remote: Remote, image_id: str, backend: str = "auto") -> Choice:
@@ -175,6 +178,7 @@ class Dumper:
         if self._tracker is not None and needs_switch_off(self._tracker):
             # best effort: left on it does no harm to a process which nobody clears
             with contextlib.suppress(CheckpointError, OSError), freeze(self.pid) as frozen:
+                note_sleeps(frozen, self.sleeps)
                 with frozen.inject() as remote:
                     switch_off(remote)
         self._drop_tracker()
@@ -529,6 +533,7 @@ class Dumper:
     def _reap(self, copy: ForkedCopy) -> None:
         """The forked copy is the target's zombie until the target waits for it."""
         with contextlib.suppress(CheckpointError, OSError), freeze(self.pid) as frozen:
+            note_sleeps(frozen, self.sleeps)
             frozen.reap_copy(copy)
 
     # -- small things

@@ -130,6 +130,16 @@ def capture_threads(
     return tuple(states), warnings
 
 
+def note_sleeps(frozen: Frozen, memory: SleepMemory) -> None:
+    """For a freeze that captures nothing: remember what its threads sleep in, which no later one will be told.
+
+    Otherwise a sleep of this freeze could be taken for an earlier one in the same place, and end too early.
+    """
+    memory.keep_only(frozen.threads)
+    for thread in frozen.threads.values():
+        _sleep_of(frozen, thread, memory, None, [])
+
+
 def _capture(
     frozen: Frozen,
     remote: Remote,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import pytest
@@ -28,7 +28,7 @@ from checkpointd.target.process import _feature_blockers, parse_limits, vma_bloc
 from checkpointd.target.registers import UserRegs, word
 from checkpointd.target.remote import Call
 from checkpointd.target.signals import parse_timers
-from checkpointd.target.threads import RememberedSleep, SleepMemory, _sleep_of
+from checkpointd.target.threads import RememberedSleep, SleepMemory, _sleep_of, note_sleeps
 
 TIMERS = """ID: 3
 signal: 35/00007ffe00001092
@@ -210,6 +210,7 @@ class StarvedThread:
     tid: int = 7
     frozen_at_ns: int = 11_000_000_000
     blocked: None = None
+    threads: dict[int, StarvedThread] = field(default_factory=dict)
 
     @property
     def mem(self) -> StarvedThread:
@@ -218,6 +219,17 @@ class StarvedThread:
     def read(self, address: int, size_bytes: int) -> bytes:
         assert address == 0x5000
         return struct.pack("=qq", 3, 0)[:size_bytes]
+
+
+def test_freeze_without_capture_tells_a_new_sleep_in_the_same_place_from_the_one_before() -> None:
+    regs = UserRegs.from_bytes(bytes(27 * 8))
+    regs.orig_rax, regs.rax, regs.rip, regs.rdx = int(Nr.POLL), word(-516), 0x1000, 20_000
+    args = (0, 0, 20_000, 0, 0, 0)
+    memory = SleepMemory({7: RememberedSleep(int(Nr.POLL), args, 0x1000, 12_000_000_000)})
+    frozen = StarvedThread(regs)
+    frozen.threads = {7: frozen}
+    note_sleeps(cast(Frozen, frozen), memory)  # a second poll, just begun
+    assert memory.sleeps[7].deadline_ns == frozen.frozen_at_ns + 20 * 10**9
 
 
 def test_thread_that_got_no_cpu_since_the_last_freeze_still_sleeps_in_its_call() -> None:
