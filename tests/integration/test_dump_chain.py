@@ -122,9 +122,8 @@ def test_each_generation_is_what_the_memory_was(target, dumper, store, tmp_path,
 
 
 @pytest.mark.parametrize("backend", ["uffd-wp", "content"])
-def test_differences_are_what_the_memory_was_and_smaller(target, dumper, store, tmp_path, backend):
-    """Every page of the area changes in one byte each time; a twin stores them whole."""
-    stored = []
+def test_generations_of_differences_are_what_the_memory_was(target, dumper, store, tmp_path, backend):
+    """Every page of the area changes in one byte each time."""
     for step in range(5):
         target.write(**{f"p{page}": page % 200 + 10 * step for page in range(256)})
         made = dumper.dump(options(tmp_path, incremental=step > 0, backend=backend, delta=True))
@@ -132,7 +131,6 @@ def test_differences_are_what_the_memory_was_and_smaller(target, dumper, store, 
         assert store.verify(made.image_id).ok
         assert made.delta_reason == ("" if step else "there is no parent to differ from")
         assert 0 < made.pages_delta <= made.pages_written if step else made.pages_delta == 0
-        stored.append(made.bytes_stored)
     assert store.info(made.image_id).pages_delta == made.pages_delta
     made = dumper.dump(options(tmp_path, incremental=True, backend=backend, delta=True, compress="none"))
     assert (made.pages_delta, made.delta_reason) == (0, "they need compression")
