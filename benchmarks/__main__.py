@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.bench import Bench
 from benchmarks.report import Report, machine
 
-CASES = ("small", "incremental", "full", "restore", "depth", "cost", "memory")
+CASES = ("small", "incremental", "full", "restore", "depth", "delta", "cost", "memory")
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import delta
 from benchmarks.report import Report, Row, Series
 from demo.command import Checkpoint
 
@@ -118,7 +119,7 @@ class Bench:
 
     def incremental(self) -> None:
         """How long the target stands still for an incremental dump."""
-        with self._target(self.megabytes) as target:
+        with self.target(self.megabytes) as target:
             self._dump(target)
             for permille, name in ((10, "1 %"), (100, "10 %"), (500, "50 %")):
                 floors: list[float] = []
@@ -132,7 +133,7 @@ class Bench:
                 floor = Series(floors[1:])
                 for mode, found in modes.items():
                     used = sorted({stats["read_mode"] for stats in found[1:]})
-                    self._add(
+                    self.add(
                         Row(
                             f"incremental, {name} dirty, --read-mode {mode}: stop",
                             Series([(s["freezing_time"] + s["frozen_time"]) / 1000 for s in found[1:]]),
@@ -148,7 +149,7 @@ class Bench:
         limits: list[float] = []
         modes: dict[str, list[dict[str, Any]]] = {"stopped": [], "auto": []}
         with (
-            self._target(self.megabytes) as target,
+            self.target(self.megabytes) as target,
             self._limit("copy", self.megabytes, self.rounds + 1, self.directory) as limit,
         ):
             for _ in range(self.rounds + 1):
@@ -157,7 +158,7 @@ class Bench:
                     found.append(self._dump_and_forget(target, "--read-mode", mode))
         bound = Series(limits[1:])
         for mode, found in modes.items():
-            self._add(
+            self.add(
                 Row(
                     f"full dump to tmpfs, --read-mode {mode}: total",
                     Series([s["total_time"] / 1000 for s in found[1:]]),
@@ -171,17 +172,17 @@ class Bench:
 
     def small(self) -> None:
         """The fixed cost: a program of 1 MiB."""
-        with self._target(1) as target:
+        with self.target(1) as target:
             found = [self._dump_and_forget(target) for _ in range(self.rounds + 2)][2:]
         frozen = Series([(s["freezing_time"] + s["frozen_time"]) / 1000 for s in found])
-        self._add(Row("1 MiB program: frozen", frozen, goal=5, note=_phases(found)))
+        self.add(Row("1 MiB program: frozen", frozen, goal=5, note=_phases(found)))
 
     def restore(self) -> None:
         """Restore, against the kernel filling fresh memory from a warm file."""
         for pages in ("4k", "thp"):
             one, two, checked, found = [], [], [], []
             with (
-                self._target(self.megabytes, pages) as target,
+                self.target(self.megabytes, pages) as target,
                 self._limit("fill", self.megabytes, self.rounds + 1, self.directory, pages) as limit,
             ):
                 want = target.tell("sum")
@@ -196,7 +197,7 @@ class Bench:
                     raise RuntimeError("the restored target has other memory")
             ours = Series([s["restore_time"] / 1000 for s in found[1:]])
             bound, honest = Series(two[1:]), Series(checked[1:])
-            self._add(
+            self.add(
                 Row(
                     f"restore, {pages} pages: in the new process",
                     ours,
@@ -206,7 +207,7 @@ class Bench:
                     f"total {Series([s['total_time'] / 1000 for s in found[1:]])}; {_phases(found[1:])}",
                 )
             )
-            self._add(
+            self.add(
                 Row(
                     f"restore, {pages} pages, against a fill of another process that checks every byte",
                     ours,
@@ -217,7 +218,7 @@ class Bench:
 
     def depth(self) -> None:
         """Restore of the last generation of a chain of 1, 10 and 100."""
-        with self._target(64) as target:
+        with self.target(64) as target:
             images = [self._dump(target)["image_id"]]
             for n in range(99):
                 target.tell(f"dirty 20 {n}")
@@ -227,7 +228,7 @@ class Bench:
                 restores = self._restores(target, images[depth - 1])
                 found = Series([s["restore_time"] / 1000 for s in restores])
                 first = first or found
-                self._add(
+                self.add(
                     Row(
                         f"restore at depth {depth}, 64 MiB: in the new process",
                         found,
@@ -239,7 +240,7 @@ class Bench:
 
     def cost(self) -> None:
         """The tracked program's own work: random writes over 256 MiB, with a dump before each measurement."""
-        with self._target(256) as target:
+        with self.target(256) as target:
             plain = [target.tell(f"work 500 {n}") / 500 for n in range(self.rounds + 1)][1:]
             self._dump(target)
             tracked, first_writes = [], []
@@ -251,7 +252,7 @@ class Bench:
             self.checkpoint("untrack", "-p", str(target.pid))
             after = [target.tell(f"dirty 1000 {n}") / 65536 for n in range(self.rounds + 1)][1:]
         unit = "writes/us"
-        self._add(
+        self.add(
             Row(
                 "random writes in the 500 ms after an incremental dump",
                 Series([value / 1000 for value in tracked[1:]], unit),
@@ -260,7 +261,7 @@ class Bench:
                 note="limit: not tracked",
             )
         )
-        self._add(
+        self.add(
             Row(
                 "first write to a page of an epoch",
                 Series(first_writes[1:], "ns"),
@@ -271,7 +272,7 @@ class Bench:
 
     def memory(self) -> None:
         """Peak memory of the processes that serve one target, over a full and an incremental dump."""
-        with self._target(self.megabytes) as target:
+        with self.target(self.megabytes) as target:
             for mode in ("stopped", "fork"):
                 self._dump(target, "--read-mode", mode)
                 target.tell("dirty 500 3")
@@ -279,13 +280,17 @@ class Bench:
             found = service_processes(self.checkpoint.socket)
         for number, (pid, (words, peak_kib)) in enumerate(sorted(found.items())):
             name = "service" if number == 0 else " ".join(words.split()[1:4])[:60]
-            self._add(
+            self.add(
                 Row(
                     f"peak resident memory, {self.megabytes} MiB target: {name}",
                     Series([peak_kib / 1024], "MiB"),
                     note=f"pid {pid}; shared buffers count in each process that maps them",
                 )
             )
+
+    def delta(self) -> None:
+        """What `--delta` saves and costs; see delta.py."""
+        delta.measure(self)
 
     # -- small things
 
@@ -294,7 +299,7 @@ class Bench:
             self.report.facts["criu"] = "not installed"
             return
         times = []
-        with self._target(self.megabytes) as target:
+        with self.target(self.megabytes) as target:
             for _ in range(self.rounds + 1):
                 images = self.directory / "criu"
                 images.mkdir()
@@ -308,16 +313,16 @@ class Bench:
                 if done.returncode:
                     self.report.facts["criu"] = f"fails here: {done.stderr.decode()[-200:]}"
                     return
-        self._add(Row("criu dump --leave-running to tmpfs: total", Series(times[1:])))
+        self.add(Row("criu dump --leave-running to tmpfs: total", Series(times[1:])))
 
     @contextlib.contextmanager
-    def _target(self, megabytes: int, pages: str = "4k") -> Iterator[Target]:
+    def target(self, megabytes: int, pages: str = "4k") -> Iterator[Target]:
         target = Target(self.program, megabytes, pages)
         try:
             yield target
         finally:
             target.close()
-            self._forget()
+            self.forget()
 
     def _dump(self, target: Target, *words: str) -> dict[str, Any]:
         return self.checkpoint.dump(target.pid, "--compress", "none", *words)
@@ -325,10 +330,10 @@ class Bench:
     def _dump_and_forget(self, target: Target, *words: str) -> dict[str, Any]:
         """All images but the new one are removed: a page worker still holds its last one's files."""
         stats = self._dump(target, *words)
-        self._forget(but=stats["image_id"])
+        self.forget(but=stats["image_id"])
         return stats
 
-    def _forget(self, but: str = "") -> None:
+    def forget(self, but: str = "") -> None:
         """Remove images: a tmpfs is memory."""
         found = self.checkpoint("ls")
         images = found.get("images", []) if isinstance(found, dict) else found
@@ -345,7 +350,7 @@ class Bench:
     def _limit(self, *words: object) -> Limit:
         return Limit(self._limits, *words)
 
-    def _add(self, row: Row) -> None:
+    def add(self, row: Row) -> None:
         self.report.rows.append(row)
         ratio = f", {row.ratio:.2f} of the limit {row.limit}" if row.ratio is not None else ""
         print(f"{row.case}: {row.ours}{ratio} {row.verdict} {row.note}", flush=True)

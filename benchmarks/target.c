@@ -3,7 +3,8 @@
 // bench_target DIRECTORY MEGABYTES thp|4k
 //
 // Holds that much incompressible anonymous memory and obeys lines from DIRECTORY/cmd, answering on DIRECTORY/rep:
-//   dirty PERMILLE SEED   write 8 bytes to that share of the pages, scattered; answers nanoseconds taken
+//   dirty PERMILLE SEED [BYTES]
+//                         write 8 (or so many) bytes to that share of the pages, scattered; answers nanoseconds taken
 //   work SECONDS_MS SEED  write to random pages for so long; answers writes done
 //   sum                   a checksum of all memory
 #define _GNU_SOURCE
@@ -54,16 +55,17 @@ int main(int argc, char **argv)
 		if (n == 0)
 			return 0;
 		line[n] = 0;
-		unsigned long a = 0, b = 1, result = 0;
+		unsigned long a = 0, b = 1, bytes = 8, result = 0;
 		char verb[16] = "";
-		sscanf(line, "%15s %lu %lu", verb, &a, &b);
+		sscanf(line, "%15s %lu %lu %lu", verb, &a, &b, &bytes);
 		uint64_t start = now();
 		x = b * 0x9E3779B97F4A7C15ULL + 1;
 		if (!strcmp(verb, "dirty")) {
 			// an odd stride visits every page once: exactly the share asked for, scattered
 			size_t stride = (size_t)(nr_pages * 0.381966) | 1, at = b % nr_pages;
 			for (size_t i = 0; i < nr_pages * a / 1000; i++, at = (at + stride) % nr_pages)
-				((volatile uint64_t *)(memory + at * 4096))[0] = next(&x);
+				for (size_t word = 0; word < bytes / 8 && word < 512; word++)
+					((volatile uint64_t *)(memory + at * 4096))[word] = next(&x);
 			result = now() - start;
 		} else if (!strcmp(verb, "work")) {
 			uint64_t end = start + a * 1000000ULL;
