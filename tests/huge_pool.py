@@ -56,6 +56,23 @@ def put(name, page, value, length=HUGE):
 def get(name, page, length=HUGE):
     return hashlib.sha256(ctypes.string_at(at(name, page), length)).hexdigest()
 
+def memfd(pages):
+    fd = libc.memfd_create(b"huge", 4 | 2)  # MFD_HUGETLB, MFD_ALLOW_SEALING
+    os.ftruncate(good(fd), pages * HUGE)
+    return fd
+
+def segment(name, size_bytes):
+    shmid = good(libc.shmget(0, size_bytes, 0o5600))  # IPC_CREAT, SHM_HUGETLB
+    areas[name] = good(libc.shmat(shmid, None, 0))
+    return shmid
+
+def blocks(name, pages):
+    path = f"/proc/self/map_files/{at(name):x}-{at(name, pages):x}"
+    fd = os.open(path, os.O_RDONLY)
+    found = os.fstat(fd).st_blocks * 512 // HUGE
+    os.close(fd)
+    return found
+
 def family():
     child = os.fork()
     if child == 0:

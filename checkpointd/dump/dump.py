@@ -72,7 +72,13 @@ from checkpointd.target.files import CapturedFiles, FilesDraft, capture_files, p
 from checkpointd.target.fork import ForkedCopy
 from checkpointd.target.freeze import Frozen, freeze
 from checkpointd.target.inject import Injection
-from checkpointd.target.memory import CapturedSpace, capture_address_space, data_extents, huge_runs
+from checkpointd.target.memory import (
+    CapturedSpace,
+    capture_address_space,
+    data_extents,
+    held_by,
+    huge_runs,
+)
 from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
 from checkpointd.target.remote import Remote
 from checkpointd.target.threads import note_sleeps
@@ -450,11 +456,7 @@ class Dumper:
         work.copies = self._requests(subtract_runs(dirty, work.early), work, vmas)
         stats.pages_scanned = nr_pages_in(clean) + nr_pages_in(dirty)
         for source in captured.sources:
-            fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                runs = data_extents(fd, source.object.size_bytes)
-            finally:
-                os.close(fd)
+            runs = held_by(self.pid, source, vmas)
             stats.pages_scanned += nr_pages_in(runs)
             work.copies.append(CopyRequest(self.pid, source.object.id, runs, source=source.path))
         stats.pages_dirty = nr_pages_in(work.early) + sum(nr_pages_in(r.runs) for r in work.copies)

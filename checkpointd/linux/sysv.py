@@ -22,13 +22,17 @@ _NEXT_ID = Path("/proc/sys/kernel/shm_next_id")
 _SHMID_DS_BYTES = 112
 
 
-def create(key: int, size_bytes: int, mode: int, wanted_id: int) -> int:
-    """A new segment; its id, which is `wanted_id` where the kernel and our rights allow."""
+def create(key: int, size_bytes: int, mode: int, wanted_id: int, *, flags: int = 0) -> int:
+    """A new segment; its id, which is `wanted_id` where the kernel and our rights allow.
+
+    Args:
+        flags: SHM_HUGETLB and the size of pages.
+    """
     try:
         _NEXT_ID.write_text(str(wanted_id), encoding="ascii")
     except OSError:
         pass
-    return syscall(Nr.SHMGET, key, size_bytes, IPC_CREAT | IPC_EXCL | (mode & 0o777), name="shmget")
+    return syscall(Nr.SHMGET, key, size_bytes, IPC_CREAT | IPC_EXCL | (mode & 0o777) | flags, name="shmget")
 
 
 def attach(shmid: int) -> int:

@@ -47,6 +47,9 @@ def check_machine(state: ImageState) -> None:
             raise ImageDamaged(f"the mapping at {vma.start:x} is of pages of {vma.pool_page_bytes} bytes")
         if vma.kind in (VmaKind.DEVICE, VmaKind.SECRETMEM):
             found.append(f"the image has a mapping of kind {vma.kind.value} at {vma.start:x}")
+    for one in state.address_space.objects:
+        if one.hugetlb != (one.pool_page_bytes.bit_count() == 1):
+            raise ImageDamaged(f"shared object {one.id} is of pages of {one.pool_page_bytes} bytes")
     if found:
         raise Unsupported(
             f"this machine cannot restore the image: {found[0]}" + _and_more(found),

@@ -84,6 +84,7 @@ def fill(stub: Stub, image: PageSource, space: AddressSpace, objects: Objects, p
     )
     for obj in known:
         objects.empty(obj)
+        objects.take(obj, image.pages(obj))
     work = _Work(stub, table, objects, known)
     with ThreadPoolExecutor(1, thread_name_prefix="restore-fill") as pool:
         visiting = pool.submit(image.visit, work.visit, threads=_NR_THREADS)

@@ -22,21 +22,24 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from checkpointd.errors import RestoreConflict
-from checkpointd.linux import sysv
+from checkpointd.linux import hugetlb, sysv
 from checkpointd.linux._libc import address_of, syscall
+from checkpointd.linux.arch import Nr
 from checkpointd.linux.process_vm import MemFile
 from checkpointd.linux.statfs import TMPFS_MAGIC, file_system_magic
 from checkpointd.memory import PAGE_SIZE, PageNumbers, Runs, runs_of
-from checkpointd.restore.plan import FdKey
+from checkpointd.restore.plan import MADV_POPULATE_WRITE, MAP_NORESERVE, FdKey
+from checkpointd.restore.pools import POOL_HINT, huge_runs
 from checkpointd.restore.reopen import Opener
 from checkpointd.state.memory import AddressSpace, FileIdentity, SharedObject
 
-_F_ADD_SEALS = 1033
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _F_SEAL_SEAL = 1
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_NOEXEC_SEAL, _MFD_EXEC = 1, 2, 8, 0x10
 _F_SEAL_EXEC = 0x20
 _NR_FALLOCATE = 285
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+_MADV_REMOVE = 9
 _ZEROS = 1 << 20
 _MEMFD_PREFIX = "/memfd:"
 
@@ -61,6 +64,7 @@ class Objects:
     shmids: dict[int, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     _segments: dict[int, int] = field(default_factory=dict)  # object -> our address
+    _views: dict[int, mmap.mmap] = field(default_factory=dict)  # of files of hugetlb pools: no write(2)
     _new_segments: list[int] = field(default_factory=list)
     _made_files: list[tuple[int, str]] = field(default_factory=list)
     _existed: set[int] = field(default_factory=set)
@@ -112,6 +116,10 @@ class Objects:
 
     # ---- shared objects
 
+    def exists(self, number: int) -> bool:
+        """Was it there already?  After `check`."""
+        return number in self._existed
+
     def _make(self, one: SharedObject) -> None:
         try:
             if one.flavour == "sysv":
@@ -123,6 +131,9 @@ class Objects:
                     self.object_fds[one.id] = self._make_tmpfs_file(one)
             else:
                 self.object_fds[one.id] = _make_memfd(one)
+            if one.hugetlb and one.id in self.object_fds and one.size_bytes:
+                fd, flags = self.object_fds[one.id], mmap.MAP_SHARED | MAP_NORESERVE
+                self._views[one.id] = mmap.mmap(fd, one.size_bytes, flags=flags)
         except OSError as error:
             raise RestoreConflict(
                 f"shared memory {one.name or one.flavour} ({one.size_bytes} bytes) cannot be made: {error}",
@@ -131,7 +142,10 @@ class Objects:
             ) from error
 
     def _make_anonymous(self, one: SharedObject) -> int:
-        area = mmap.mmap(-1, one.size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
+        if one.hugetlb:
+            flags |= MAP_NORESERVE | hugetlb.MAP_HUGETLB | hugetlb.size_flag(one.pool_page_bytes)
+        area = mmap.mmap(-1, one.size_bytes, flags=flags)
         address = address_of(area)
         size = -(-one.size_bytes // PAGE_SIZE) * PAGE_SIZE
         try:
@@ -239,7 +253,8 @@ class Objects:
         if one.id in self._existed:
             shmid = one.inode
         else:
-            shmid = sysv.create(one.key, one.size_bytes, one.mode, one.inode)
+            flags = hugetlb.SHM_HUGETLB | hugetlb.size_flag(one.pool_page_bytes) if one.hugetlb else 0
+            shmid = sysv.create(one.key, one.size_bytes, one.mode, one.inode, flags=flags)
             self._new_segments.append(shmid)
             with contextlib.suppress(PermissionError):
                 sysv.set_owner(shmid, one.uid, one.gid, one.mode)
@@ -256,7 +271,7 @@ class Objects:
         """Write pages of one object.  `data` holds them one after the other."""
         if number in self._only_read:
             return
-        address = self._segments.get(number)
+        address = self._address(number)
         view = memoryview(data)  # type: ignore[arg-type]
         runs: Runs = runs_of(pages)
         at = 0
@@ -273,6 +288,39 @@ class Objects:
         finally:
             if mem is not None:
                 mem.close()
+
+    def _address(self, number: int) -> int | None:
+        """Where we have the object mapped, if we have."""
+        if number in self._views:
+            return address_of(self._views[number])
+        return self._segments.get(number)
+
+    def take(self, number: int, pages: PageNumbers) -> None:
+        """Take the pages from their pool that hold the object's `pages`; nothing for other objects.
+
+        Raises:
+            RestoreConflict: the pool became empty.
+        """
+        one = next(one for one in self.space.objects if one.id == number)
+        address = self._address(number)
+        if not one.hugetlb or address is None:
+            return
+        size = one.pool_page_bytes
+        for first, nr in huge_runs(pages, size).tolist():
+            try:
+                syscall(Nr.MADVISE, address + first * size, nr * size, MADV_POPULATE_WRITE, name="madvise")
+            except OSError as error:
+                raise RestoreConflict(
+                    f"the pool of huge pages of {size >> 10} KiB has become empty since it was looked at",
+                    hint=POOL_HINT,
+                    object=number,
+                ) from error
+
+    def close_views(self) -> None:
+        """All is filled: a seal suffers no mapping that may be written to."""
+        for view in self._views.values():
+            view.close()
+        self._views = {}
 
     def _write_at(self, number: int, offset: int, part: memoryview) -> None:
         size = next(one.size_bytes for one in self.space.objects if one.id == number)
@@ -293,6 +341,11 @@ class Objects:
             flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
             syscall(_NR_FALLOCATE, self.object_fds[number], flags, 0, size, name="fallocate")
             return
+        if (page := next(one.pool_page_bytes for one in self.space.objects if one.id == number)) != 0:
+            # its holes must not take pages
+            length = -(-size // page) * page
+            syscall(Nr.MADVISE, self._segments[number], length, _MADV_REMOVE, name="madvise")
+            return
         with MemFile(os.getpid(), writable=True) as mem:
             for at in range(0, size, _ZEROS):
                 mem.write(self._segments[number] + at, bytes(min(_ZEROS, size - at)))
@@ -307,7 +360,10 @@ class Objects:
                 # so that the next restore of the image finds it unchanged
                 os.utime(self.object_fds[one.id], ns=(time.time_ns(), one.mtime_ns))
             if one.flavour == "memfd" and one.seals & ~_F_SEAL_EXEC not in (0, _F_SEAL_SEAL):
-                fcntl.fcntl(self.object_fds[one.id], _F_ADD_SEALS, one.seals)
+                # whoever restored a descriptor of it may have done so, and F_SEAL_SEAL forbids to do it twice
+                fd = self.object_fds[one.id]
+                if missing := one.seals & ~fcntl.fcntl(fd, _F_GET_SEALS):
+                    fcntl.fcntl(fd, _F_ADD_SEALS, missing)
             elif (
                 one.flavour == "sysv"
                 and one.mode & sysv.SHM_DEST
@@ -319,6 +375,7 @@ class Objects:
         """Close everything of ours; after a failure also remove what was made under a name."""
         for fd in {*self.fds.values(), *self.object_fds.values()}:
             os.close(fd)
+        self.close_views()
         for address in self._segments.values():
             sysv.detach(address)
         if failed:
@@ -338,6 +395,8 @@ def _make_memfd(one: SharedObject) -> int:
     flags = _MFD_CLOEXEC | (
         0 if one.seals & _F_SEAL_SEAL and one.seals == _F_SEAL_SEAL else _MFD_ALLOW_SEALING
     )
+    if one.hugetlb:
+        flags |= hugetlb.MFD_HUGETLB | hugetlb.size_flag(one.pool_page_bytes)
     name = one.name.removeprefix(_MEMFD_PREFIX) or "shared"
     extra = _MFD_NOEXEC_SEAL if one.seals & _F_SEAL_EXEC else _MFD_EXEC
     try:

@@ -150,9 +150,17 @@ def wipe_steps(work: tuple[int, int]) -> list[Step]:
 
 def scratch_bytes(space: AddressSpace) -> int:
     """Room that `mapping_steps` wants to attach System V segments in, beside the work area."""
-    sysv = {one.id: one.size_bytes for one in space.objects if one.flavour == "sysv"}
+    sysv = {one.id: one for one in space.objects if one.flavour == "sysv"}
     ends = [vma.offset + vma.end - vma.start for vma in space.vmas if vma.object in sysv]
-    return -(-max([0, *ends, *sysv.values()]) // PAGE_SIZE) * PAGE_SIZE
+    sizes = [_whole_pages(one) for one in sysv.values()]
+    alignment = max([0, *(one.pool_page_bytes for one in sysv.values())])
+    return -(-max([0, *ends, *sizes]) // PAGE_SIZE) * PAGE_SIZE + alignment
+
+
+def _whole_pages(one: SharedObject) -> int:
+    """Bytes of the pages that the object is made of."""
+    page = one.pool_page_bytes or PAGE_SIZE
+    return -(-one.size_bytes // page) * page
 
 
 def mapping_steps(
@@ -256,7 +264,8 @@ def _sysv_steps(vmas: Sequence[VmaState], one: SharedObject, shmid: int, scratch
     nobody wants is unmapped.
     """
     steps: list[Step] = []
-    size = -(-one.size_bytes // PAGE_SIZE) * PAGE_SIZE
+    size = _whole_pages(one)
+    scratch = -(-scratch // (one.pool_page_bytes or PAGE_SIZE)) * (one.pool_page_bytes or PAGE_SIZE)
     attached: dict[int, list[VmaState]] = {}
     for vma in vmas:
         attached.setdefault(vma.start - vma.offset, []).append(vma)

@@ -14,7 +14,9 @@ import numpy as np
 
 from checkpointd.linux.hugetlb import Pool
 from checkpointd.memory import PAGE_SIZE, PRIVATE_OBJECT, PageNumbers, Runs, VmaKind, nr_pages_in, runs_of
-from checkpointd.state.memory import AddressSpace
+from checkpointd.state.memory import AddressSpace, SharedObject
+
+POOL_HINT = "give it more pages (nr_hugepages in /sys/kernel/mm/hugepages), then restore again"
 
 
 def held_privately(space: AddressSpace, pages_of: Callable[[int], PageNumbers]) -> dict[int, Runs]:
@@ -33,11 +35,18 @@ def huge_runs(pages: PageNumbers, page_bytes: int) -> Runs:
     return runs_of(np.unique(pages // np.uint64(page_bytes // PAGE_SIZE)))
 
 
-def wanted(space: AddressSpace, held: Mapping[int, Runs]) -> Counter[int]:
+def wanted(
+    space: AddressSpace,
+    held: Mapping[int, Runs],
+    pages_of: Callable[[int], PageNumbers],
+    exists: Callable[[int], bool],
+) -> Counter[int]:
     """How many pages of each size have to be there.
 
     Args:
         held: see `held_privately`.
+        pages_of: of each object of the image.
+        exists: tells of a shared object that it is there already, with its pages.
     """
     found: Counter[int] = Counter()
     for vma in space.vmas:
@@ -45,7 +54,23 @@ def wanted(space: AddressSpace, held: Mapping[int, Runs]) -> Counter[int]:
             reserves = "nr" not in vma.flags
             nr = (vma.end - vma.start) // vma.pool_page_bytes if reserves else nr_pages_in(held[vma.start])
             found[vma.pool_page_bytes] += nr
+    for one in space.objects:
+        if one.hugetlb and not exists(one.id):
+            found[one.pool_page_bytes] += _wanted_of_object(space, one, pages_of(one.id))
     return found
+
+
+def _wanted_of_object(space: AddressSpace, one: SharedObject, pages: PageNumbers) -> int:
+    size = one.pool_page_bytes
+    if one.flavour == "sysv":  # reserves all when it is made
+        return -(-one.size_bytes // size)
+    takes = np.zeros(-(-one.size_bytes // size), dtype=bool)
+    numbers = (pages // np.uint64(size // PAGE_SIZE)).astype(np.int64)
+    takes[numbers[numbers < len(takes)]] = True
+    for vma in space.vmas:
+        if vma.object == one.id and vma.shared and "nr" not in vma.flags:
+            takes[vma.offset // size : (vma.offset + vma.end - vma.start) // size] = True
+    return int(takes.sum())
 
 
 def shortages(wanted: Mapping[int, int], pools: Mapping[int, Pool]) -> list[str]:

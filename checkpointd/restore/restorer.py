@@ -226,7 +226,8 @@ class _Restorer:
         allow_changes = self.options.files.changed == "allow"
         conflicts += self.objects.check(plan.needs(self.space), allow_changes=allow_changes)
         self.held = pools.held_privately(self.space, self.image.pages)
-        conflicts += pools.shortages(pools.wanted(self.space, self.held), read_pools())
+        wanted = pools.wanted(self.space, self.held, self.image.pages, self.objects.exists)
+        conflicts += pools.shortages(wanted, read_pools())
         if not allow_changes:
             conflicts += checks.file_conflicts(self.space, self.objects.fds)
         if self.files is not None:
@@ -325,6 +326,7 @@ class _Restorer:
         self._make_huge(stub)
         self._take_from_pools(stub)
         nr_pages = fill(stub, self.image, self.space, self.objects, self.progress)
+        self.objects.close_views()
         self._mark("memory")
         self.progress("rebuilding", 0, 0)
         stub.run(plan.finishing_steps(self.space, stub))
@@ -407,7 +409,7 @@ class _Restorer:
         except StepFailedError as error:
             raise RestoreConflict(
                 f"{error.what}: it has become empty since it was looked at",
-                hint="give it more pages (nr_hugepages in /sys/kernel/mm/hugepages), then restore again",
+                hint=pools.POOL_HINT,
                 pid=stub.pid,
             ) from error
 

@@ -86,7 +86,9 @@ class SharedObject:
         seals: F_SEAL_* of a memfd.
         key: of a System V segment.
         mode, uid, gid: of a segment, and of a file on a tmpfs where `mtime_ns` is known.
+        hugetlb: made of pages of a hugetlb pool.
         mtime_ns: of a file on a tmpfs; None in images of before it was kept.
+        pool_page_bytes: size of these pages; 0 for all other memory.
     """
 
     id: int
@@ -103,6 +105,7 @@ class SharedObject:
     deleted: bool = False
     hugetlb: bool = False
     mtime_ns: int | None = None
+    pool_page_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,9 +54,9 @@ def regular(
         what = _UNSAVED_FILE_SYSTEMS[fs_type]
         raise CannotSaveError(f"fd {one.fd} ({one.link}) is {what}, which cannot be saved; close it first")
     key = (one.stat.st_dev, one.stat.st_ino)
-    if one.link.startswith("/memfd:") or one.stat.st_dev == shared_memory_device():
-        if one.stat.st_dev != shared_memory_device():
-            raise CannotSaveError(f"fd {one.fd} ({one.link}) is a memfd of huge pages, which cannot be saved")
+    if one.link.startswith(("/memfd:", "/anon_hugepage")) or one.stat.st_dev == shared_memory_device():
+        if session.final and one.stat.st_dev != shared_memory_device():
+            raise CannotSaveError(f"fd {one.fd} ({one.link}) is memory of huge pages that is mapped nowhere")
         content, same_as = _content(session, one, index, key, first_by_inode)
         name = one.link.removesuffix(_DELETED).removeprefix("/memfd:")
         return Memfd(

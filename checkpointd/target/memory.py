@@ -21,13 +21,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from checkpointd.linux import pagemap_scan as ps
+from checkpointd.linux.statfs import pool_page_bytes
+from checkpointd.linux.sysv import Segment, segments
 from checkpointd.memory import NO_RUNS, PAGE_SHIFT, Runs, Vma, VmaKind, merge_runs
 from checkpointd.procfs import maps
 from checkpointd.state.memory import AddressSpace, FileIdentity, SharedObject, VmaState
-from checkpointd.target.shared_objects import ObjectKey, shared_memory_device
+from checkpointd.target.pool_objects import held_pages
+from checkpointd.target.shared_objects import ObjectKey, pool_device, shared_memory_device
 
 F_GET_SEALS = 1034
 _SYSV_PATH = re.compile(r"/SYSV[0-9a-f]{8}$")
+_NO_SEGMENT = Segment(key=0, mode=0o600, size_bytes=0, uid=0, gid=0)
 _SHIFT = np.uint64(PAGE_SHIFT)
 _MEMFD_LINK = re.compile(r"^/memfd:(.*?)(?: \(deleted\))?$")
 
@@ -92,7 +96,7 @@ def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs, huge: Run
         if vma.kind is VmaKind.VSYSCALL:
             continue
         kind, file, obj = vma.kind, None, None
-        if kind is VmaKind.SHMEM or (kind is VmaKind.HUGETLB and vma.shared):
+        if kind is VmaKind.SHMEM or (kind is VmaKind.HUGETLB and not _is_private_anonymous(vma)):
             obj = objects.of_vma(vma)
         elif kind is VmaKind.FILE_SHARED and _on_tmpfs(pid, vma):
             kind, obj = VmaKind.SHMEM, objects.of_vma(vma)
@@ -129,6 +133,32 @@ def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs, huge: Run
         tuple(states), tuple(files), tuple(source.object for source in objects.sources), own_vdso()
     )
     return CapturedSpace(space, tuple(objects.sources), objects.ids, tuple(whole))
+
+
+def _is_private_anonymous(vma: Vma) -> bool:
+    """Of mappings of a hugetlb pool: made with MAP_PRIVATE and MAP_ANONYMOUS?  The kernel gives each a file."""
+    return not vma.shared and vma.path.startswith("/anon_hugepage")
+
+
+def held_by(pid: int, source: SharedSource, vmas: Sequence[Vma]) -> Runs:
+    """Page runs of a shared object that hold data.
+
+    Args:
+        vmas: all mappings of the target.
+
+    Raises:
+        OSError: it cannot be opened (any more).
+    """
+    one = source.object
+    fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if not one.hugetlb:
+            return data_extents(fd, one.size_bytes)
+        key = ObjectKey(one.dev, one.inode, one.flavour == "sysv")
+        mapped = [vma for vma in vmas if vma.kind is VmaKind.HUGETLB and _key_of(vma) == key]
+        return held_pages(pid, fd, one.pool_page_bytes, mapped)
+    finally:
+        os.close(fd)
 
 
 @functools.cache
@@ -189,27 +219,33 @@ def _tmpfs_devices(pid: int) -> frozenset[tuple[int, int]]:
     return frozenset(found)
 
 
+def _key_of(vma: Vma) -> ObjectKey:
+    # a file of that name may lie in anybody's tmpfs; the segments are all on devices which nobody can mount
+    is_sysv = _SYSV_PATH.match(vma.path) is not None and os.makedev(*vma.dev) == (
+        pool_device(vma.pool_page_bytes) if vma.kind is VmaKind.HUGETLB else shared_memory_device()
+    )
+    return ObjectKey(vma.dev, vma.inode, is_sysv)
+
+
 class _Objects:
     """Collects shared objects, one per `ObjectKey`."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._sysv: dict[int, tuple[int, int, int, int]] | None = None
+        self._sysv: dict[int, Segment] | None = None
         self.ids: dict[ObjectKey, int] = {}
         self.sources: list[SharedSource] = []
 
     def of_vma(self, vma: Vma) -> int:
-        # a file of that name may lie in anybody's tmpfs; the segments are all on one device, which nobody can mount
-        is_sysv = _SYSV_PATH.match(vma.path) is not None and os.makedev(*vma.dev) == shared_memory_device()
-        key = ObjectKey(vma.dev, vma.inode, is_sysv)
+        key = _key_of(vma)
         if key in self.ids:
             return self.ids[key]
         flavour, name = "tmpfs", vma.path
         if vma.path.startswith("/memfd:"):
             flavour, name = "memfd", vma.path.removeprefix("/memfd:")
-        elif is_sysv:
+        elif key.is_sysv:
             flavour = "sysv"
-        elif vma.path.startswith(("/dev/zero", "[anon_shmem")) or not vma.path:
+        elif vma.path.startswith(("/dev/zero", "/anon_hugepage", "[anon_shmem")) or not vma.path:
             flavour, name = "anon", ""
         return self._add(
             key,
@@ -217,7 +253,6 @@ class _Objects:
             name,
             _map_files(self._pid, vma),
             deleted=vma.deleted,
-            hugetlb=vma.kind is VmaKind.HUGETLB,
         )
 
     def add_open_memfds(self) -> None:
@@ -231,23 +266,23 @@ class _Objects:
             found = os.stat(path)
             key = ObjectKey((os.major(found.st_dev), os.minor(found.st_dev)), found.st_ino)
             if key not in self.ids:
-                self._add(key, "memfd", match[1], path, deleted=True, hugetlb=False)
+                self._add(key, "memfd", match[1], path, deleted=True)
 
-    def _add(
-        self, key: ObjectKey, flavour: str, name: str, path: str, *, deleted: bool, hugetlb: bool
-    ) -> int:
+    def _add(self, key: ObjectKey, flavour: str, name: str, path: str, *, deleted: bool) -> int:
         number = len(self.ids) + 1
         self.ids[key] = number
-        size_bytes, seals = 0, 0
+        seals = 0
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             found = os.fstat(fd)
-            size_bytes = found.st_size
+            pool_bytes = pool_page_bytes(fd)
             if flavour == "memfd":
                 seals = fcntl.fcntl(fd, F_GET_SEALS)
         finally:
             os.close(fd)
-        sysv = self._sysv_segment(key.inode) if flavour == "sysv" else (0, 0o600, 0, 0)
+        sysv = self._sysv_segment(key.inode) if flavour == "sysv" else _NO_SEGMENT
+        # a segment of huge pages may be smaller than the pages it is made of
+        size_bytes = sysv.size_bytes or found.st_size
         is_named = flavour == "tmpfs"
         self.sources.append(
             SharedSource(
@@ -259,12 +294,13 @@ class _Objects:
                     inode=key.inode,
                     size_bytes=size_bytes,
                     seals=seals,
-                    key=sysv[0],
-                    mode=stat.S_IMODE(found.st_mode) if is_named else sysv[1],
-                    uid=found.st_uid if is_named else sysv[2],
-                    gid=found.st_gid if is_named else sysv[3],
+                    key=sysv.key,
+                    mode=stat.S_IMODE(found.st_mode) if is_named else sysv.mode,
+                    uid=found.st_uid if is_named else sysv.uid,
+                    gid=found.st_gid if is_named else sysv.gid,
                     deleted=deleted,
-                    hugetlb=hugetlb,
+                    hugetlb=pool_bytes != 0,
+                    pool_page_bytes=pool_bytes,
                     mtime_ns=found.st_mtime_ns if is_named else None,
                 ),
                 path,
@@ -272,20 +308,11 @@ class _Objects:
         )
         return number
 
-    def _sysv_segment(self, shmid: int) -> tuple[int, int, int, int]:
-        """(key, mode, uid, gid) by /proc/sysvipc/shm; the inode of a segment is its shmid."""
+    def _sysv_segment(self, shmid: int) -> Segment:
+        """The inode of a segment is its shmid."""
         if self._sysv is None:
-            self._sysv = {}
-            with open("/proc/sysvipc/shm", encoding="ascii") as file:
-                for line in file.readlines()[1:]:
-                    field = line.split()
-                    self._sysv[int(field[1])] = (
-                        int(field[0]),
-                        int(field[2], 8),
-                        int(field[7]),
-                        int(field[8]),
-                    )
-        return self._sysv.get(shmid, (0, 0o600, 0, 0))
+            self._sysv = segments()
+        return self._sysv.get(shmid, _NO_SEGMENT)
 
 
 def data_extents(fd: int, size_bytes: int) -> Runs:

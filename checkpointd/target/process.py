@@ -252,10 +252,9 @@ def vma_blockers(vmas: Iterable[Vma]) -> list[str]:
 def _pool_blockers(vma: Vma) -> list[str]:
     if os.makedev(*vma.dev) != pool_device(vma.pool_page_bytes):
         return [
-            f"mapping {vma} is of a file on a mounted hugetlbfs, which is not saved; memory made with MAP_HUGETLB is"
+            f"mapping {vma} is of a file on a mounted hugetlbfs, which is not saved; memory made with MAP_HUGETLB or "
+            "memfd_create(2) is"
         ]
-    if vma.shared or not vma.path.startswith("/anon_hugepage"):
-        return [f"mapping {vma} is of the hugetlb pool and shared, which is not restored yet"]
     return []
 
 

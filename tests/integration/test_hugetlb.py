@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.errors import RestoreConflict, Unsupported
 from checkpointd.image.store import Store
+from checkpointd.linux import sysv
 from checkpointd.linux.hugetlb import MAP_HUGETLB
 from checkpointd.memory import PAGE_SIZE
 from checkpointd.procfs import process
@@ -157,6 +159,117 @@ def test_a_dump_takes_no_page_and_unshares_none(lab: Lab, read_mode: str) -> Non
         os.kill(child, 9)
 
 
+MAKERS = {
+    "anon": "hold('a', 8, SHARED)",
+    "anon, nothing reserved": "hold('a', 8, SHARED | NORESERVE)",
+    "memfd": "hold('a', 8, 1, fd=memfd(8))",
+    "memfd, nothing reserved": "hold('a', 8, 1 | NORESERVE, fd=memfd(8))",
+    "sysv": "libc.shmctl(segment('a', 8 * HUGE - 5000), 0, None)",  # IPC_RMID, once it is attached
+}
+
+
+@pytest.mark.parametrize("maker", list(MAKERS))
+def test_shared_pages_come_back_and_holes_stay_holes(lab: Lab, maker: str) -> None:
+    target = lab.target
+    target(MAKERS[maker])
+    for page, value in ((0, 1), (3, 3), (5, 0)):
+        target(f"put('a', {page}, {value})")
+    first = lab.dump()
+    assert target("blocks('a', 8)") == 3  # reading took none
+    then = [target(f"get('a', {page})") for page in (0, 3, 5)]
+    target("put('a', 0, 77, 9)")
+    target("good(libc.madvise(at('a', 3), HUGE, 9))")  # MADV_REMOVE
+    target("put('a', 6, 6)")
+    second = lab.dump(incremental=True)
+    assert second.pages_same >= HUGE // PAGE_SIZE - 1
+    now = [target(f"get('a', {page})") for page in (0, 5, 6)]
+    for stats, pages, want in ((second, (0, 5, 6), now), (first, (0, 3, 5), then)):
+        lab.kill()
+        lab.restore(stats.image_id)
+        assert target("blocks('a', 8)") == 3
+        assert [target(f"get('a', {page})") for page in pages] == want
+    child = target("family()")
+    target("put('a', 1, 5)")
+    os.kill(child, 9)
+    third = lab.dump(incremental=True)
+    assert third.pages_same >= 2 * HUGE // PAGE_SIZE
+
+
+def test_what_the_target_has_not_mapped_itself_is_not_missed(lab: Lab) -> None:
+    """Pages of a memfd that another process wrote, and of one that is held open only."""
+    target = lab.target
+    target("areas.update(fd=memfd(6), other=memfd(3)) or hold('a', 4, 1, fd=areas['fd'], offset=2 * HUGE)")
+    target("put('a', 1, 4)")
+    target("hold('b', 3, 1, fd=areas['other']) or put('b', 1, 8)")
+    writer = "import mmap,os,sys; m = mmap.mmap(os.open(sys.argv[1], 2), 6 << 21); m[0] = m[5 << 21] = 9"
+    path = target("f'/proc/{os.getpid()}/fd/' + str(areas['fd'])")
+    subprocess.run([sys.executable, "-c", writer, path], check=True)
+    want = target("get('a', 1)")
+    target("good(libc.munmap(ctypes.c_void_p(at('b')), ctypes.c_size_t(3 * HUGE)))")
+    stats = lab.dump(read_mode="fork")
+    lab.kill()
+    lab.restore(stats.image_id)
+    assert target("get('a', 1)") == want
+    assert target("os.pread(areas['fd'], 2, 0)[0], os.pread(areas['fd'], 2, 5 * HUGE)[0]") == [9, 9]
+    assert target("os.pread(areas['other'], 3, HUGE) == bytes([8] * 3)")
+    assert target("os.fstat(areas['fd']).st_blocks") == 3 * HUGE // 512
+    assert target("os.fstat(areas['other']).st_blocks") == HUGE // 512
+    assert target("os.readlink(f'/proc/self/fd/' + str(areas['fd']))").startswith("/memfd:huge")
+
+
+def test_copies_on_write_of_a_memfd_are_kept_apart_from_it(lab: Lab) -> None:
+    target = lab.target
+    target("areas.update(fd=memfd(3)) or hold('s', 3, 1, fd=areas['fd']) or hold('p', 3, 2, fd=areas['fd'])")
+    target("put('s', 0, 1) or put('s', 1, 2) or put('s', 2, 3)")
+    target("put('p', 1, 7, 100) or get('p', 0)")  # a copy, and a look at the original
+    target("put('p', 2, 0)")  # a copy of zeroes over what is not
+    target("good(libc.mprotect(at('p'), 3 * HUGE, 1))")
+    want = [target(f"get('{name}', {page})") for name in "sp" for page in range(3)]
+    stats = lab.dump()
+    lab.kill()
+    lab.restore(stats.image_id)
+    assert [target(f"get('{name}', {page})") for name in "sp" for page in range(3)] == want
+    assert target("blocks('s', 3)") == 3
+    target("put('s', 0, 99)")
+    assert target("get('p', 0) == get('s', 0) and get('p', 1) != get('s', 1)")
+
+
+@pytest.mark.parametrize("maker", ["memfd(2)", "os.memfd_create('small', 2)"])
+def test_seals_come_back(lab: Lab, maker: str) -> None:
+    target = lab.target
+    target(f"areas.update(fd={maker}) or os.ftruncate(areas['fd'], 2 * HUGE)")
+    target("hold('a', 2, 1, fd=areas['fd'])")
+    target("put('a', 1, 6)")
+    target("good(libc.munmap(ctypes.c_void_p(at('a')), ctypes.c_size_t(2 * HUGE)))")
+    fcntl = "__import__('fcntl').fcntl(areas['fd'], {})"
+    target(fcntl.format("1033, 1 | 2 | 4 | 8"))  # F_ADD_SEALS: SEAL, SHRINK, GROW, WRITE
+    stats = lab.dump()
+    lab.kill()
+    lab.restore(stats.image_id)
+    assert target(fcntl.format("1034")) & 15 == 15
+    assert target("os.pread(areas['fd'], 3, HUGE) == bytes([6] * 3)")
+
+
+def test_a_segment_that_outlives_its_process_is_filled_again(lab: Lab) -> None:
+    target = lab.target
+    shmid = target("segment('a', 4 * HUGE)")
+    try:
+        target("put('a', 1, 6)")
+        target("good(libc.munmap(ctypes.c_void_p(at('a', 2)), ctypes.c_size_t(HUGE)))")
+        want = target("get('a', 1)")
+        stats = lab.dump()
+        target("put('a', 1, 7)")
+        target("put('a', 3, 7)")
+        lab.kill()
+        lab.restore(stats.image_id)
+        assert target("get('a', 1)") == want
+        assert target("blocks('a', 2)") == 1  # what was written since is gone, and takes no page
+        assert target("get('a', 3) == hashlib.sha256(bytes(HUGE)).hexdigest()")
+    finally:
+        lab.kill()
+        sysv.remove(shmid)
+
+
 @pytest.fixture
 def taken() -> Iterator[list[mmap.mmap]]:
     """Somebody else's mappings."""
@@ -204,7 +317,7 @@ def test_restore_is_refused_while_the_pool_is_empty(tmp_path: Path, taken: list[
             target.kill()
 
 
-@pytest.mark.parametrize("flags", ["PRIVATE", "PRIVATE | NORESERVE"])
+@pytest.mark.parametrize("flags", ["PRIVATE", "PRIVATE | NORESERVE", "SHARED", "SHARED | NORESERVE"])
 def test_a_pool_that_runs_empty_in_the_middle_leaves_nothing(
     lab: Lab, taken: list[mmap.mmap], flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

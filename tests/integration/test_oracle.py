@@ -123,13 +123,14 @@ def test_segment_mapped_longer_than_it_is_comes_back() -> None:
 @pytest.mark.needs("set_tid", "hugetlb")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("read_mode", ["stopped", "fork"])
+@pytest.mark.parametrize("kind", ["hugetlb", "huge-shared", "huge-memfd", "huge-sysv"])
 def test_pages_of_the_hugetlb_pool_are_true_and_come_back(
-    huge_pages: bool, backend: str, read_mode: str
+    huge_pages: bool, backend: str, read_mode: str, kind: str
 ) -> None:
     if not huge_pages:
         pytest.skip("another test has the pool of huge pages")
     lines = [
-        *("map 0 hugetlb 0 1", "map 1 anon 0 40", "write 0 fill 500 30 5", "write 1 fill 0 40 70", "freeze"),
+        *(f"map 0 {kind} 0 1", "map 1 anon 0 40", "write 0 fill 500 30 5", "write 1 fill 0 40 70", "freeze"),
         *("write 0 byte 510 4 9", "relate 0", "freeze"),
         *("write 0 zero 500 30 0", "advise 0 dontneed 600 1", "freeze", "restore 0"),
         *("write 0 fill 600 3 800", "protect 0 none 0 9", "freeze", "restore 0", "restore 2", "freeze"),

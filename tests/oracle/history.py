@@ -26,7 +26,7 @@ NR_FILES = 4
 _KINDS = (
     ("anon", 12), ("noreserve", 2), ("growsdown", 2), ("none", 2), ("populate", 3), ("locked", 2), ("thp", 2),
     ("shared", 4), ("zero", 2), ("sysv", 3), ("private-file", 5), ("shared-file", 2), ("file", 6),
-    ("file-private", 4), ("hugetlb", 2),
+    ("file-private", 4), ("hugetlb", 2), ("huge-shared", 1), ("huge-memfd", 1), ("huge-sysv", 1),
 )  # fmt: skip
 _WRITES = (("fill", 10), ("byte", 8), ("stride", 4), ("zero", 4), ("same", 3), ("read", 4))
 _ADVICE = (

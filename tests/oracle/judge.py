@@ -123,11 +123,12 @@ def _shared(before: Truth, after: Truth, image: Generation) -> list[str]:
             findings.append(f"shared object {key} has {nr_pages} pages, in the image {image_pages}")
         pages = image.pages(obj)
         later = after.shared.get(key, (0, truth))[1]
-        for page in np.setdiff1d(pages, np.union1d(truth.pages, later.pages)).tolist():
+        allowed = np.concatenate((truth.pages, later.pages, truth.maybe_zero, later.maybe_zero))
+        for page in np.setdiff1d(pages, allowed).tolist():
             findings.append(f"page {page} of shared object {key} is a hole, yet in the image")
         for page in np.setdiff1d(np.intersect1d(truth.pages, later.pages), pages).tolist():
             findings.append(f"page {page} of shared object {key} holds data, yet is not in the image")
-        common = np.intersect1d(pages, truth.pages)
+        common = np.intersect1d(pages, np.union1d(truth.pages, truth.maybe_zero))
         data = image.read(obj, common).reshape(-1, PAGE)
         for n in np.flatnonzero(_differs(common, data, truth)).tolist():
             findings.append(f"shared object {key}: " + _difference(int(common[n]), data[n], truth, None))

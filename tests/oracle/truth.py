@@ -218,12 +218,17 @@ def _add_object(path: str, shared: dict[Key, tuple[int, Contents]]) -> None:
         nr_pages = (facts.st_size + PAGE - 1) // PAGE
         # twice: a page that the kernel moves just now may look like a hole
         pages = sorted(_data_pages(fd, facts.st_size) | _data_pages(fd, facts.st_size))
+        zero: set[int] = set()
+        if facts.st_blksize > PAGE:
+            # of a hugetlb pool, which cannot tell holes: a huge page of zeroes may be one
+            zero = _zero_huge_pages(fd, facts.st_size, facts.st_blksize)
+            pages = [page for page in pages if page not in zero]
         numbers = np.array(pages, dtype=np.uint64)
         data = np.zeros((len(pages), PAGE), dtype=np.uint8)
         for n, page in enumerate(pages):
             chunk = os.pread(fd, PAGE, page * PAGE)
             data[n, : len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
-        shared[key] = (nr_pages, Contents(numbers, data))
+        shared[key] = (nr_pages, Contents(numbers, data, np.array(sorted(zero), dtype=np.uint64)))
     finally:
         os.close(fd)
 
@@ -240,6 +245,14 @@ def _data_pages(fd: int, size: int) -> set[int]:
         pages.update(range(start // PAGE, (end + PAGE - 1) // PAGE))
         at = end
     return pages
+
+
+def _zero_huge_pages(fd: int, size: int, huge: int) -> set[int]:
+    found: set[int] = set()
+    for at in range(0, size, huge):
+        if not any(os.pread(fd, huge, at)):
+            found.update(range(at // PAGE, (at + huge) // PAGE))
+    return found
 
 
 _memory_devices: dict[int, bool] = {}

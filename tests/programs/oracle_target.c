@@ -145,6 +145,27 @@ static long do_map(unsigned n, const char *kind, size_t pages, unsigned file, vo
 		slots[n % NR_SLOTS].is_hugetlb = !rc;
 		return rc;
 	}
+	if (!strncmp(kind, "huge-", 5)) {
+		void *at = MAP_FAILED;
+		if (!strcmp(kind, "huge-shared"))
+			at = mmap(NULL, 2 * HUGE, rw, MAP_SHARED | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+		if (!strcmp(kind, "huge-memfd")) {
+			int fd = memfd_create("huge", MFD_CLOEXEC | MFD_HUGETLB);
+			if (fd >= 0 && !ftruncate(fd, 2 * HUGE))
+				at = mmap(NULL, 2 * HUGE, rw, MAP_SHARED, fd, 0);
+			close(fd);
+		}
+		if (!strcmp(kind, "huge-sysv")) {
+			int id = shmget(IPC_PRIVATE, 2 * HUGE, IPC_CREAT | SHM_HUGETLB | 0600);
+			if (id < 0)
+				return -errno;
+			at = shmat(id, NULL, 0);
+			shmctl(id, IPC_RMID, NULL);
+		}
+		rc = keep(n, at, 2 * HUGE / PAGE);
+		slots[n % NR_SLOTS].is_hugetlb = !rc;
+		return rc;
+	}
 	if (!strcmp(kind, "thp")) {                                       // a whole aligned huge page and a bit
 		char *at = mmap(NULL, 3 * HUGE, rw, priv, -1, 0);
 		if (at == MAP_FAILED)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from checkpointd.errors import CheckpointError
 from checkpointd.linux import hugetlb
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.linux.hugetlb import MAP_HUGETLB, Pool, size_flag
-from checkpointd.memory import Vma, VmaKind
+from checkpointd.memory import NO_PAGES, Vma, VmaKind
 from checkpointd.procfs import maps
 from checkpointd.restore import plan, pools
-from checkpointd.state.memory import AddressSpace, VmaState
+from checkpointd.state.memory import AddressSpace, SharedObject, VmaState
 from checkpointd.target.process import vma_blockers
 from checkpointd.target.shared_objects import pool_device
 from checkpointd.tracking import pool_pages
@@ -82,9 +83,45 @@ def test_a_restore_wants_what_is_reserved_or_else_what_was_held() -> None:
         free: [[free // HUGE, 1], [free // HUGE + 3, 1]],
         big: [],
     }
-    assert pools.wanted(image, held) == {HUGE: 6, GIGA: 1}
+    assert pools.wanted(image, held, lambda _: NO_PAGES, lambda _: False) == {HUGE: 6, GIGA: 1}
     steps = plan.pool_steps(image, held)
     assert [step.call.args[:2] for step in steps] == [(AT, HUGE), (free, HUGE), (free + 3 * HUGE, HUGE)]
+
+
+def test_a_restore_wants_a_shared_object_once() -> None:
+    def obj(number: int, flavour: str, nr: int) -> SharedObject:
+        return SharedObject(
+            number, flavour, "", (0, 17), number, nr * HUGE - 99, hugetlb=True, pool_page_bytes=HUGE
+        )
+
+    def view(number: int, start: int, first: int, nr: int, *flags: str, shared: bool = True) -> VmaState:
+        made = state(start, nr, HUGE, *flags)
+        return dataclasses.replace(made, shared=shared, object=number, offset=first * HUGE)
+
+    image = AddressSpace(
+        (view(1, AT, 0, 3), view(1, AT + GIGA, 2, 2), view(2, AT + 2 * GIGA, 0, 9, "nr")),
+        (),
+        (obj(1, "memfd", 8), obj(2, "anon", 9), obj(3, "sysv", 5), obj(4, "sysv", 7)),
+    )
+    held = {1: pages(3 * HUGE, 7 * HUGE + 4096), 2: pages(4096, HUGE, HUGE + 4096), 3: NO_PAGES, 4: pages(0)}
+    # of 1 four pages are reserved, one of these and one more held; of 2 two held; of 3 all; 4 is there
+    found = pools.wanted(image, {}, lambda number: held[number], lambda number: number == 4)
+    assert found == {HUGE: (4 + 1) + 2 + 5}
+
+
+def test_segments_are_attached_where_their_pages_can_be() -> None:
+    segment = SharedObject(1, "sysv", "", (0, 17), 5, HUGE + 1, hugetlb=True, pool_page_bytes=HUGE)
+    made = dataclasses.replace(state(AT, 1, HUGE, "mw"), shared=True, object=1, offset=HUGE)
+    image = AddressSpace((made,), (), (segment,))
+    room = plan.scratch_bytes(image)
+    for scratch in (AT - 4096, AT, AT + 4096):
+        attach, move, away = plan.mapping_steps(image, {}, {1: 5}, scratch)
+        at = attach.call.args[1]
+        assert isinstance(at, int)
+        assert at % HUGE == 0
+        assert scratch <= at <= at + 2 * HUGE <= scratch + room
+        assert move.call.args == (at + HUGE, HUGE, HUGE, 3, AT)
+        assert away.call.args == (at, 2 * HUGE)
 
 
 def test_what_is_missing_is_said_with_the_command_that_helps() -> None:
