@@ -181,8 +181,8 @@ def clock_warnings(state: ProcessState, boot_id: str) -> list[str]:
     """For a process that could not have its clocks back."""
     when = "in another boot" if state.host.boot_id != boot_id else "in another time namespace"
     found = [
-        f"it was saved {when}, and a time namespace of its own cannot be made here (Linux 6.3, CAP_SYS_ADMIN and "
-        "CAP_SYS_TIME): the monotonic clock jumps for it"
+        f"it was saved {when}, and a time namespace of its own cannot be made here (CONFIG_TIME_NS, CAP_SYS_ADMIN "
+        "and CAP_SYS_TIME): the monotonic clock jumps for it"
     ]
     for thread in state.threads:
         if thread.sleep is not None and thread.sleep.nr == Nr.FUTEX and thread.sleep.remaining_ns is None:

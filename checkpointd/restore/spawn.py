@@ -2,10 +2,10 @@
 """Making the empty process that a restore fills: the wanted pid, session and group, and a parent that is not us.
 
 We make a helper (clone3 with CLONE_VM | CLONE_VFORK, so that nothing of a large process is copied), the helper makes
-the stub, and exits: the stub's parent is then init, or the nearest child subreaper, who reaps it one day.  Both run
-tables of system calls out of our memory while we stand still; neither runs any Python.  The stub executes a tiny
-ELF program, which gives it an address space of its own, laid out so that later mappings of the program go where
-they went before (`plan.stack_limit`).
+the stub (likewise, but by fork where it gets a time namespace), and exits: the stub's parent is then init, or the
+nearest child subreaper, who reaps it one day.  Both run tables of system calls out of our memory while we stand still;
+neither runs any Python.  The stub executes a tiny ELF program, which gives it an address space of its own, laid out so
+that later mappings of the program go where they went before (`plan.stack_limit`).
 
 Until we trace it an alarm of 30 s is what ends a stub whose maker died.
 
@@ -15,6 +15,7 @@ Raises: RestoreConflict (the pid is in use, by whom), NotPermitted, OSError.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import struct
@@ -61,7 +62,7 @@ class Birth:
         personality: flags besides ADDR_NO_RANDOMIZE.
         fds: descriptors of ours that it shall have under the same numbers.
         time_offsets_ns: for CLOCK_MONOTONIC and CLOCK_BOOTTIME, in a time namespace of its own; None: in ours.
-            Best effort: needs CAP_SYS_ADMIN and CAP_SYS_TIME, and Linux 6.3, which enters it at the exec.
+            Best effort: needs CAP_SYS_ADMIN and CAP_SYS_TIME.
     """
 
     pid: int
@@ -74,18 +75,20 @@ class Birth:
 
 
 class _Tables:
-    """Memory of ours that holds everything the two children point at."""
+    """Everything the two children point at, in memory that a child with an address space of its own shares with us."""
 
     def __init__(self) -> None:
-        self._kept: list[bytearray] = []
+        self._kept: dict[int, mmap.mmap] = {}
 
-    def put(self, data: bytes | bytearray) -> int:
-        kept = bytearray(data)
-        self._kept.append(kept)
-        return address_of(kept)
+    def put(self, data: bytes) -> int:
+        kept = mmap.mmap(-1, len(data))
+        kept[:] = data
+        address = address_of(kept)
+        self._kept[address] = kept
+        return address
 
-    def get(self, address: int) -> bytearray:
-        return next(one for one in self._kept if address_of(one) == address)
+    def get(self, address: int) -> bytes:
+        return self._kept[address][:]
 
 
 def spawn(birth: Birth, *, wait_s: float = 5.0) -> Stub:
@@ -148,8 +151,11 @@ def _spawn_once(birth: Birth) -> Stub:
     memfd = clone.executable_memfd("checkpointd-restore", STUB_ELF)
     try:
         tables = _Tables()
+        # Linux kernel commit 2b5f9dad32ed ("fs/exec: switch timens when a task gets a new mm") (in v6.3) lets a child
+        # that shares memory enter a time namespace, at its exec; before, such a clone3 fails with EINVAL
+        sharing = clone.CLONE_VM if birth.time_offsets_ns is None else 0
         stub_args = clone.pack_clone_args(
-            clone.CLONE_VM | clone.CLONE_VFORK | clone.CLONE_CLEAR_SIGHAND,
+            sharing | clone.CLONE_VFORK | clone.CLONE_CLEAR_SIGHAND,
             exit_signal=_SIGCHLD,
             set_tid_at=tables.put(struct.pack("=i", birth.pid)) if birth.pid else 0,
         )
@@ -192,7 +198,7 @@ def _spawn_once(birth: Birth) -> Stub:
         raise
 
 
-def _check_table(table: bytearray) -> None:
+def _check_table(table: bytes) -> None:
     """Raise for the entry at which the stub gave up."""
     for index in range(len(table) // clone.ENTRY_BYTES):
         nr, may_fail = struct.unpack_from("=II", table, index * clone.ENTRY_BYTES)

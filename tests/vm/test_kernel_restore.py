@@ -51,8 +51,8 @@ def boot(kernel: str, program: str, phase: str, share: Path) -> dict[str, Any]:
     return answer
 
 
-def test_programs_run_on_in_another_boot(tmp_path: Path) -> None:
-    kernel = "6.12-stock"
+@pytest.mark.parametrize("kernel", ["6.12-stock", "6.1-stock"])
+def test_programs_run_on_in_another_boot(tmp_path: Path, kernel: str) -> None:
     image_of(kernel)
     share = tmp_path / "share"
     share.mkdir()
