@@ -61,7 +61,6 @@ def _command_file(command: Sequence[str], name: str, environment: Mapping[str, s
         "TERM": "dumb",
         "PATH": f"{venv}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "VIRTUAL_ENV": str(venv),
-        "PYTHONDONTWRITEBYTECODE": "1",
         **{key: value for key, value in os.environ.items() if key.startswith("CHECKPOINTD_")},
         **environment,
         "CHECKPOINTD_VM_KERNEL": name,
