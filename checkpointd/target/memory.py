@@ -15,6 +15,7 @@ import functools
 import os
 import re
 import stat
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ import numpy as np
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.linux.statfs import pool_page_bytes
 from checkpointd.linux.sysv import Segment, segments
-from checkpointd.memory import NO_RUNS, PAGE_SHIFT, Runs, Vma, VmaKind, merge_runs
+from checkpointd.memory import NO_RUNS, PAGE_SHIFT, Runs, Vma, VmaKind, merge_runs, nr_pages_in
 from checkpointd.procfs import maps
 from checkpointd.state.memory import AddressSpace, FileIdentity, SharedObject, VmaState
 from checkpointd.target.pool_objects import held_pages
@@ -33,6 +34,8 @@ F_GET_SEALS = 1034
 _SYSV_PATH = re.compile(r"/SYSV[0-9a-f]{8}$")
 _NO_SEGMENT = Segment(key=0, mode=0o600, size_bytes=0, uid=0, gid=0)
 _SHIFT = np.uint64(PAGE_SHIFT)
+_BLOCK_BYTES = 512  # of st_blocks
+_MORE_LOOKS, _PAUSE_S = 3, 0.0005
 _MEMFD_LINK = re.compile(r"^/memfd:(.*?)(?: \(deleted\))?$")
 
 
@@ -319,10 +322,22 @@ def data_extents(fd: int, size_bytes: int) -> Runs:
     """Page runs of a shared object that hold data (SEEK_DATA/SEEK_HOLE; lseek(2)).
 
     Holes are looked at twice.  A page that the kernel moves in memory at that very moment (compaction) may look like a
-    hole: its successor takes its place first and is marked up to date after that, which is what lseek asks for.
+    hole: its successor takes its place first and is marked up to date after that, which is what lseek asks for.  Where
+    the object has more pages than were found (st_blocks) and the kernel was perhaps interrupted in the midst of that, a
+    few more looks follow; pages that were only allocated (fallocate(2)) cost them for nothing.
 
-    Source: Linux mm/filemap.c (folio_seek_hole_data), mm/migrate.c (folio_migrate_flags).
+    Source: Linux mm/filemap.c (folio_seek_hole_data), mm/migrate.c (folio_migrate_flags), mm/shmem.c (i_blocks).
     """
+    found = _look_twice(fd, size_bytes)
+    for _ in range(_MORE_LOOKS):
+        if nr_pages_in(found) << PAGE_SHIFT >= os.fstat(fd).st_blocks * _BLOCK_BYTES:
+            break
+        time.sleep(_PAUSE_S)
+        found = merge_runs(np.concatenate((found, _look(fd, size_bytes))))
+    return found
+
+
+def _look_twice(fd: int, size_bytes: int) -> Runs:
     found = _look(fd, size_bytes)
     hole = 0
     for first, nr in [*found.tolist(), (-(-size_bytes >> PAGE_SHIFT), 0)]:

@@ -119,3 +119,23 @@ def test_an_object_that_a_relative_cuts_while_it_is_looked_at(
     monkeypatch.setattr(os, "lseek", cut_before_the_second_hole)
     assert pages_of_data(fd, 9 * PAGE_SIZE).tolist() == [0]
     os.close(fd)
+
+
+def test_a_page_that_stays_on_its_way_for_long_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Staged: the kernel was interrupted while it moved page 6, and three looks do not see it."""
+    fd = os.memfd_create("moving")
+    for page in (0, 6, 9):
+        os.pwrite(fd, b"x", page * PAGE_SIZE)
+    seek, unseen = os.lseek, [None] * 3
+
+    def lseek(fd: int, at: int, how: int) -> int:
+        found = seek(fd, at, how)
+        if how == os.SEEK_DATA and found == 6 * PAGE_SIZE and unseen:
+            unseen.pop()
+            return seek(fd, found + PAGE_SIZE, os.SEEK_DATA)
+        return found
+
+    monkeypatch.setattr(os, "lseek", lseek)
+    assert pages_of(data_extents(fd, 10 * PAGE_SIZE)).tolist() == [0, 6, 9]
+    assert not unseen
+    os.close(fd)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -216,8 +217,14 @@ def _add_object(path: str, shared: dict[Key, tuple[int, Contents]]) -> None:
         if key in shared or not _is_memory(facts.st_dev):
             return
         nr_pages = (facts.st_size + PAGE - 1) // PAGE
-        # twice: a page that the kernel moves just now may look like a hole
-        pages = sorted(_data_pages(fd, facts.st_size) | _data_pages(fd, facts.st_size))
+        # a page that the kernel moves just now may look like a hole
+        seen = _data_pages(fd, facts.st_size) | _data_pages(fd, facts.st_size)
+        for _ in range(20):
+            if len(seen) * PAGE >= os.fstat(fd).st_blocks * 512:
+                break
+            time.sleep(0.001)
+            seen |= _data_pages(fd, facts.st_size)
+        pages = sorted(seen)
         zero: set[int] = set()
         if facts.st_blksize > PAGE:
             # of a hugetlb pool, which cannot tell holes: a huge page of zeroes may be one
