@@ -146,8 +146,9 @@ def test_tracker_that_forgets_dirty_pages_is_seen(monkeypatch: pytest.MonkeyPatc
     """The real dump loop with a mistake in its tracker: the oracle does not take its word for anything."""
     abilities.require("uffd_wp")
     dice = random.Random(1)
-    before: dict[UffdWpTracker, PageNumbers] = {}
-    collect = UffdWpTracker.collect
+    seen: dict[UffdWpTracker, PageNumbers] = {}  # by the last collection
+    before: dict[UffdWpTracker, PageNumbers] = {}  # by the last one of which an image was made
+    collect, commit = UffdWpTracker.collect, UffdWpTracker.commit
 
     def forgetful(self: UffdWpTracker, space: Space) -> Collection:
         # told early it would be read all the same, and the image refuse a page that is dirty and clean at once
@@ -155,11 +156,17 @@ def test_tracker_that_forgets_dirty_pages_is_seen(monkeypatch: pytest.MonkeyPatc
         dirty = pages_of(found.dirty)
         lost = np.array([dice.random() < share for _ in dirty], dtype=bool)
         lost &= np.isin(dirty, before.get(self, NO_PAGES))  # a page that is new cannot be inherited
-        before[self] = np.union1d(pages_of(found.clean), dirty)
+        seen[self] = np.union1d(pages_of(found.clean), dirty)
         clean = np.sort(np.concatenate((pages_of(found.clean), dirty[lost])))
         return dataclasses.replace(found, dirty=runs_of(dirty[~lost]), clean=runs_of(clean))
 
+    def committed(self: UffdWpTracker) -> None:
+        commit(self)
+        if self in seen:
+            before[self] = seen[self]
+
     monkeypatch.setattr(UffdWpTracker, "collect", forgetful)
+    monkeypatch.setattr(UffdWpTracker, "commit", committed)
     for seed in range(1, 30):
         before.clear()
         if play(history.generate(seed), lambda: _engine("uffd-wp", "stopped")).findings:
