@@ -68,17 +68,12 @@ from checkpointd.state import codec
 from checkpointd.state.process import ImageState
 from checkpointd.stats import DumpStats
 from checkpointd.target.attachable import check_attachable, gone, lives
+from checkpointd.target.extents import all_data_extents
 from checkpointd.target.files import CapturedFiles, FilesDraft, capture_files, prepare_files
 from checkpointd.target.fork import ForkedCopy
 from checkpointd.target.freeze import Frozen, freeze
 from checkpointd.target.inject import Injection
-from checkpointd.target.memory import (
-    CapturedSpace,
-    capture_address_space,
-    data_extents,
-    held_by,
-    huge_runs,
-)
+from checkpointd.target.memory import CapturedSpace, capture_address_space, held_by, huge_runs
 from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
 from checkpointd.target.remote import Remote
 from checkpointd.target.threads import note_sleeps
@@ -362,12 +357,14 @@ class Dumper:
 
     def _read_deleted_files(self, files: CapturedFiles, heard: Heard) -> None:
         """Content of open deleted files that is too large for the state, read before anybody can change it."""
-        requests = []
-        for extra in files.extra_objects:
-            runs = data_extents(extra.fd, extra.size_bytes)
-            obj = FILE_CONTENT_OBJECTS + extra.description
-            requests.append(CopyRequest(self.pid, obj, runs, source=f"/proc/{os.getpid()}/fd/{extra.fd}"))
+        extras = files.extra_objects
+        paths = [f"/proc/{os.getpid()}/fd/{extra.fd}" for extra in extras]
         try:
+            held = all_data_extents([(path, one.size_bytes) for path, one in zip(paths, extras, strict=True)])
+            requests = [
+                CopyRequest(self.pid, FILE_CONTENT_OBJECTS + one.description, runs, source=path)
+                for path, one, runs in zip(paths, extras, held, strict=True)
+            ]
             if requests:
                 self._worker.copy(requests, heard)
         finally:
@@ -455,8 +452,7 @@ class Dumper:
         work.clean = clean
         work.copies = self._requests(subtract_runs(dirty, work.early), work, vmas)
         stats.pages_scanned = nr_pages_in(clean) + nr_pages_in(dirty)
-        for source in captured.sources:
-            runs = held_by(self.pid, source, vmas)
+        for source, runs in zip(captured.sources, held_by(self.pid, captured.sources, vmas), strict=True):
             stats.pages_scanned += nr_pages_in(runs)
             work.copies.append(CopyRequest(self.pid, source.object.id, runs, source=source.path))
         stats.pages_dirty = nr_pages_in(work.early) + sum(nr_pages_in(r.runs) for r in work.copies)

@@ -53,6 +53,7 @@ _LINE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) ([r-][w-][x-][ps]) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+)[ ]*(.*)$",
     re.MULTILINE,
 )
+_MORE_LOOKS, _PAUSE_S = 3, 0.0005
 _NEVER = ("[vdso]", "[vvar", "[vsyscall]", "[uprobes]")
 
 
@@ -268,8 +269,18 @@ def _own_words(pagemap: int, mapping: Mapping) -> Iterator[tuple[U64, U64]]:
 
 
 def _data_pages(fd: int, size_bytes: int) -> U64:
-    """Pages that hold data, looked for twice: one that the kernel moves at that moment may look like a hole."""
-    return np.union1d(_look_for_data(fd, size_bytes), _look_for_data(fd, size_bytes))
+    """Pages that hold data.
+
+    One that the kernel moves at that moment may look like a hole: all is looked for twice, and again while the object
+    counts more pages than were found.
+    """
+    found = np.union1d(_look_for_data(fd, size_bytes), _look_for_data(fd, size_bytes))
+    for _ in range(_MORE_LOOKS):
+        if len(found) * PAGE >= os.fstat(fd).st_blocks * 512:
+            break
+        time.sleep(_PAUSE_S)
+        found = np.union1d(found, _look_for_data(fd, size_bytes))
+    return found
 
 
 def _look_for_data(fd: int, size_bytes: int) -> U64:

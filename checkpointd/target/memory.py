@@ -9,13 +9,11 @@ Source: proc_pid_map_files(5), proc_pid_fd(5), /proc/sysvipc/shm in proc(5).
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import functools
 import os
 import re
 import stat
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,9 +22,10 @@ import numpy as np
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.linux.statfs import pool_page_bytes
 from checkpointd.linux.sysv import Segment, segments
-from checkpointd.memory import NO_RUNS, PAGE_SHIFT, Runs, Vma, VmaKind, merge_runs, nr_pages_in
+from checkpointd.memory import NO_RUNS, PAGE_SHIFT, Runs, Vma, VmaKind, merge_runs
 from checkpointd.procfs import maps
 from checkpointd.state.memory import AddressSpace, FileIdentity, SharedObject, VmaState
+from checkpointd.target.extents import all_data_extents
 from checkpointd.target.pool_objects import held_pages
 from checkpointd.target.shared_objects import ObjectKey, pool_device, shared_memory_device
 
@@ -34,8 +33,6 @@ F_GET_SEALS = 1034
 _SYSV_PATH = re.compile(r"/SYSV[0-9a-f]{8}$")
 _NO_SEGMENT = Segment(key=0, mode=0o600, size_bytes=0, uid=0, gid=0)
 _SHIFT = np.uint64(PAGE_SHIFT)
-_BLOCK_BYTES = 512  # of st_blocks
-_MORE_LOOKS, _PAUSE_S = 3, 0.0005
 _MEMFD_LINK = re.compile(r"^/memfd:(.*?)(?: \(deleted\))?$")
 
 
@@ -143,22 +140,28 @@ def _is_private_anonymous(vma: Vma) -> bool:
     return not vma.shared and vma.path.startswith("/anon_hugepage")
 
 
-def held_by(pid: int, source: SharedSource, vmas: Sequence[Vma]) -> Runs:
-    """Page runs of a shared object that hold data.
+def held_by(pid: int, sources: Sequence[SharedSource], vmas: Sequence[Vma]) -> list[Runs]:
+    """Page runs of each shared object that hold data.
 
     Args:
         vmas: all mappings of the target.
 
     Raises:
-        OSError: it cannot be opened (any more).
+        OSError: one cannot be opened (any more).
     """
+    plain = [source for source in sources if not source.object.hugetlb]
+    extents = iter(all_data_extents([(source.path, source.object.size_bytes) for source in plain]))
+    return [
+        _held_of_pool(pid, source, vmas) if source.object.hugetlb else next(extents) for source in sources
+    ]
+
+
+def _held_of_pool(pid: int, source: SharedSource, vmas: Sequence[Vma]) -> Runs:
     one = source.object
+    key = ObjectKey(one.dev, one.inode, one.flavour == "sysv")
+    mapped = [vma for vma in vmas if vma.kind is VmaKind.HUGETLB and _key_of(vma) == key]
     fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if not one.hugetlb:
-            return data_extents(fd, one.size_bytes)
-        key = ObjectKey(one.dev, one.inode, one.flavour == "sysv")
-        mapped = [vma for vma in vmas if vma.kind is VmaKind.HUGETLB and _key_of(vma) == key]
         return held_pages(pid, fd, one.pool_page_bytes, mapped)
     finally:
         os.close(fd)
@@ -316,58 +319,3 @@ class _Objects:
         if self._sysv is None:
             self._sysv = segments()
         return self._sysv.get(shmid, _NO_SEGMENT)
-
-
-def data_extents(fd: int, size_bytes: int) -> Runs:
-    """Page runs of a shared object that hold data (SEEK_DATA/SEEK_HOLE; lseek(2)).
-
-    Holes are looked at twice.  A page that the kernel moves in memory at that very moment (compaction) may look like a
-    hole: its successor takes its place first and is marked up to date after that, which is what lseek asks for.  Where
-    the object has more pages than were found (st_blocks) and the kernel was perhaps interrupted in the midst of that, a
-    few more looks follow; pages that were only allocated (fallocate(2)) cost them for nothing.
-
-    Source: Linux mm/filemap.c (folio_seek_hole_data), mm/migrate.c (folio_migrate_flags), mm/shmem.c (i_blocks).
-    """
-    found = _look_twice(fd, size_bytes)
-    for _ in range(_MORE_LOOKS):
-        if nr_pages_in(found) << PAGE_SHIFT >= os.fstat(fd).st_blocks * _BLOCK_BYTES:
-            break
-        time.sleep(_PAUSE_S)
-        found = merge_runs(np.concatenate((found, _look(fd, size_bytes))))
-    return found
-
-
-def _look_twice(fd: int, size_bytes: int) -> Runs:
-    found = _look(fd, size_bytes)
-    hole = 0
-    for first, nr in [*found.tolist(), (-(-size_bytes >> PAGE_SHIFT), 0)]:
-        if hole < first and _next_data(fd, hole << PAGE_SHIFT, size_bytes) < first << PAGE_SHIFT:
-            again = _look(fd, size_bytes)
-            return merge_runs(np.concatenate((found, again)))
-        hole = first + nr
-    return found
-
-
-def _look(fd: int, size_bytes: int) -> Runs:
-    found, at = [], 0
-    while (start := _next_data(fd, at, size_bytes)) < size_bytes:
-        try:
-            end = os.lseek(fd, start, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            break  # a relative that runs has just cut the object
-        first, last = start >> PAGE_SHIFT, (end + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT
-        found.append((first, last - first))
-        at = end
-    return np.array(found, dtype=np.uint64).reshape(-1, 2)
-
-
-def _next_data(fd: int, at: int, size_bytes: int) -> int:
-    """Where data begins at or behind `at`; `size_bytes` when there is none."""
-    try:
-        return min(os.lseek(fd, at, os.SEEK_DATA), size_bytes)
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return size_bytes

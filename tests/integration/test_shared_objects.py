@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,8 @@ from checkpointd.measure.truth import _data_pages
 from checkpointd.memory import PAGE_SIZE, PageNumbers, pages_of
 from checkpointd.state import codec
 from checkpointd.state.memory import AddressSpace
-from checkpointd.target.memory import data_extents
+from checkpointd.target import extents
+from checkpointd.target.extents import all_data_extents, data_extents
 from tests import abilities
 
 pytestmark = pytest.mark.needs("root", "ptrace", "pagemap_scan")
@@ -136,6 +138,28 @@ def test_a_page_that_stays_on_its_way_for_long_is_looked_for_again(monkeypatch: 
         return found
 
     monkeypatch.setattr(os, "lseek", lseek)
-    assert pages_of(data_extents(fd, 10 * PAGE_SIZE)).tolist() == [0, 6, 9]
+    (found,) = all_data_extents([(f"/proc/self/fd/{fd}", 10 * PAGE_SIZE)])
+    assert pages_of(found).tolist() == [0, 6, 9]
     assert not unseen
     os.close(fd)
+
+
+def test_pages_that_were_only_allocated_cost_three_pauses_however_many_objects_have_some(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fds = [os.memfd_create("allocated") for _ in range(20)]
+    for fd in fds:
+        os.posix_fallocate(fd, 0, 8 * PAGE_SIZE)
+        os.pwrite(fd, b"x", 2 * PAGE_SIZE)
+    on_disk = tmp_path / "file"
+    with on_disk.open("wb") as file:  # what a disk counts says nothing
+        os.posix_fallocate(file.fileno(), 0, 64 * PAGE_SIZE)
+    pauses: list[float] = []
+    monkeypatch.setattr(extents.time, "sleep", pauses.append)
+    found = all_data_extents([(f"/proc/self/fd/{fd}", 8 * PAGE_SIZE) for fd in fds])
+    assert [pages_of(runs).tolist() for runs in found] == [[2]] * 20
+    assert len(pauses) == 3
+    all_data_extents([(str(on_disk), 64 * PAGE_SIZE)])
+    assert len(pauses) == 3
+    for fd in fds:
+        os.close(fd)

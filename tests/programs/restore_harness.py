@@ -22,9 +22,10 @@ from checkpointd.procfs import maps
 from checkpointd.restore.restorer import Restored, RestoreOptions, restore_process
 from checkpointd.state import codec
 from checkpointd.state.process import ImageState
+from checkpointd.target.extents import data_extents
 from checkpointd.target.files import capture_files
 from checkpointd.target.freeze import freeze
-from checkpointd.target.memory import capture_address_space, data_extents, huge_runs
+from checkpointd.target.memory import capture_address_space, huge_runs
 from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
 
 _PRESENT, _SWAPPED, _FILE, _GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
