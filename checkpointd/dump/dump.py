@@ -19,7 +19,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 from kernel_shim.limits import Headroom, read_max_map_count
@@ -31,7 +31,6 @@ from checkpointd.dump.division import (
     check_complete,
     fork_pays,
     joined,
-    private_requests,
     runs_of_range,
     split_by_code,
     split_for_fork,
@@ -42,6 +41,7 @@ from checkpointd.dump.options import DumpOptions
 from checkpointd.dump.page_reading import CopyRequest
 from checkpointd.dump.pages import PageWorker
 from checkpointd.dump.targets import KnownAlone, forks_cost_pool_pages, is_watched, written_beside
+from checkpointd.dump.work import Work
 from checkpointd.errors import (
     Busy,
     CheckpointError,
@@ -69,12 +69,12 @@ from checkpointd.state.process import ImageState
 from checkpointd.stats import DumpStats
 from checkpointd.target.attachable import check_attachable, gone, lives
 from checkpointd.target.extents import all_data_extents
-from checkpointd.target.files import CapturedFiles, FilesDraft, capture_files, prepare_files
+from checkpointd.target.files import CapturedFiles, capture_files, prepare_files
 from checkpointd.target.fork import ForkedCopy
 from checkpointd.target.freeze import Frozen, freeze
 from checkpointd.target.inject import Injection
 from checkpointd.target.memory import CapturedSpace, capture_address_space, held_by, huge_runs
-from checkpointd.target.process import ProcessDraft, SleepMemory, capture_process, prepare_process
+from checkpointd.target.process import SleepMemory, capture_process, prepare_process
 from checkpointd.target.remote import Remote
 from checkpointd.target.threads import note_sleeps
 from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
@@ -87,38 +87,6 @@ _SMALL_OBJECTS_BYTES = 4 << 20
 _SPARE_PAGES = 1024  # dirtied between the count before the freeze and the freeze
 
 __all__ = ["DumpOptions", "Dumper", "dumper"]
-
-
-@dataclass
-class _Work:
-    """One dump under way.
-
-    Attributes:
-        has_begun: reading began while the tracker was still collecting.
-        early: the pages of that; not in `copies`.
-        nr_resident: pages the target held before the freeze, about.
-    """
-
-    stats: DumpStats
-    limits: Limits
-    copies: list[CopyRequest] = field(default_factory=list)
-    has_begun: bool = False
-    early: Runs = field(default_factory=lambda: NO_RUNS)
-    nr_resident: int = 0
-    clean: Runs = field(default_factory=lambda: NO_RUNS)
-    state: ImageState | None = None
-    process_draft: ProcessDraft | None = None
-    maps_draft: maps.MapsDraft | None = None
-    huge: Runs = field(default_factory=lambda: NO_RUNS)
-    files_draft: FilesDraft | None = None
-    alone: KnownAlone | None = None
-    kernel_workers: bool = False
-    started_ns: int = field(default_factory=time.monotonic_ns)
-
-    def mark(self, phase: str, since_ns: int) -> int:
-        now = time.monotonic_ns()
-        self.stats.phases[phase] = self.stats.phases.get(phase, 0) + (now - since_ns) // 1000
-        return now
 
 
 class Dumper:
@@ -205,7 +173,7 @@ class Dumper:
     def _dump(self, options: DumpOptions, report: Report) -> DumpStats:
         parent, why_full = self._parent_of(options)
         stats = DumpStats(pid=self.pid, parent_id=parent, incremental=bool(parent))
-        work = _Work(stats, Limits(self.pid, options, self._is_cancelled))
+        work = Work(stats, Limits(self.pid, options, self._is_cancelled))
         if why_full:
             work.stats.warnings.append(why_full)
         stats.delta_reason = options.why_no_deltas(parent)
@@ -253,7 +221,7 @@ class Dumper:
         work.stats.total_time = (time.monotonic_ns() - work.started_ns) // 1000
         return work.stats
 
-    def _begin(self, options: DumpOptions, work: _Work) -> None:
+    def _begin(self, options: DumpOptions, work: Work) -> None:
         parent = work.stats.parent_id
         what = f"the parent image {parent[:16]} of process {self.pid}"
         hint = "dump in full (without --incremental), or name a parent that is there with --parent"
@@ -274,7 +242,7 @@ class Dumper:
     # -- what happens while the target stands still
 
     def _frozen(
-        self, frozen: Frozen, options: DumpOptions, parent: str, work: _Work, report: Report
+        self, frozen: Frozen, options: DumpOptions, parent: str, work: Work, report: Report
     ) -> ForkedCopy | None:
         self._check_same_process()
         at = time.monotonic_ns()
@@ -346,7 +314,7 @@ class Dumper:
         work.state = image_state
         return copy
 
-    def _fork(self, frozen: Frozen, remote: Injection, work: _Work) -> ForkedCopy | None:
+    def _fork(self, frozen: Frozen, remote: Injection, work: Work) -> ForkedCopy | None:
         try:
             copy = frozen.child_fork(remote)
         except (Unsupported, Busy):
@@ -372,7 +340,7 @@ class Dumper:
                 extra.close()
 
     def _collect_injected(
-        self, options: DumpOptions, remote: Remote, vmas: tuple[Vma, ...], work: _Work
+        self, options: DumpOptions, remote: Remote, vmas: tuple[Vma, ...], work: Work
     ) -> Collection:
         """Collect where calls can be made in the target: to make a tracker, or to ask whether it may be trusted."""
         asked = options.backend
@@ -393,7 +361,7 @@ class Dumper:
         vmas: tuple[Vma, ...],
         captured: CapturedSpace,
         options: DumpOptions,
-        work: _Work,
+        work: Work,
         runs: Runs,
     ) -> None:
         """Have pages read that a tracker calls dirty while it goes on.
@@ -406,22 +374,18 @@ class Dumper:
             return
         if sum(source.object.size_bytes for source in captured.sources) > _SMALL_OBJECTS_BYTES:
             return
-        now, _ = split_by_code(self._requests(runs, work, vmas), vmas)
+        now, _ = split_by_code(work.private_requests(runs, vmas), vmas)
         for request in now:
             work.early = merge_runs(joined(work.early, request.runs))
         if len(work.early):
             self._worker.start_copy(now)
             work.has_begun = True
 
-    def _requests(self, runs: Runs, work: _Work, vmas: tuple[Vma, ...]) -> list[CopyRequest]:
-        alone = work.alone.still(self.pid) if work.alone else NO_RUNS
-        return private_requests(self.pid, runs, alone, vmas)
-
     def _collect(
         self,
         tracker: Tracker,
         vmas: tuple[Vma, ...],
-        work: _Work,
+        work: Work,
         early: Callable[[Runs], None] | None = None,
     ) -> Collection:
         pagemap = ps.open_pagemap(self.pid)
@@ -436,7 +400,7 @@ class Dumper:
             work.stats.warnings += [warning] if warning else []
         return found
 
-    def _plan(self, work: _Work, captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ...]) -> None:
+    def _plan(self, work: Work, captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ...]) -> None:
         stats = work.stats
         trusted = self._is_trusted(work)
         stats.backend, stats.backend_reason = self.choice.backend, self.choice.reason
@@ -450,7 +414,7 @@ class Dumper:
             whole = runs_of_range(vma.start, vma.end)
             clean, dirty = subtract_runs(clean, whole), merge_runs(joined(dirty, whole))
         work.clean = clean
-        work.copies = self._requests(subtract_runs(dirty, work.early), work, vmas)
+        work.copies = work.private_requests(subtract_runs(dirty, work.early), vmas)
         stats.pages_scanned = nr_pages_in(clean) + nr_pages_in(dirty)
         for source, runs in zip(captured.sources, held_by(self.pid, captured.sources, vmas), strict=True):
             stats.pages_scanned += nr_pages_in(runs)
@@ -458,11 +422,11 @@ class Dumper:
         stats.pages_dirty = nr_pages_in(work.early) + sum(nr_pages_in(r.runs) for r in work.copies)
         stats.read_mode = "stopped"
 
-    def _is_trusted(self, work: _Work) -> bool:
+    def _is_trusted(self, work: Work) -> bool:
         """Does the tracker's epoch begin at the parent?"""
         return bool(work.stats.parent_id) and self.epoch_image_id == work.stats.parent_id
 
-    def _wants_fork(self, options: DumpOptions, work: _Work) -> bool:
+    def _wants_fork(self, options: DumpOptions, work: Work) -> bool:
         private = sum(nr_pages_in(r.runs) for r in work.copies if r.obj == PRIVATE_OBJECT)
         return self._fork_pays(options, private, private + nr_pages_in(work.clean))
 
@@ -471,14 +435,14 @@ class Dumper:
             return False
         return options.read_mode == "fork" or (self._forks and fork_pays(nr_dirty, nr_present))
 
-    def _check_budget(self, frozen: Frozen, options: DumpOptions, work: _Work) -> None:
+    def _check_budget(self, frozen: Frozen, options: DumpOptions, work: Work) -> None:
         forked = work.stats.read_mode == "fork" or self._wants_fork(options, work)
         nr_pages = 0 if forked else sum(nr_pages_in(request.runs) for request in work.copies)
         work.limits.check_budget(frozen, nr_pages + nr_pages_in(work.early))
 
     # -- after the thaw
 
-    def _read_copy(self, copy: ForkedCopy, work: _Work, report: Report) -> None:
+    def _read_copy(self, copy: ForkedCopy, work: Work, report: Report) -> None:
         report("reading the copy", 0, 0)
         at = time.monotonic_ns()
         for request in work.copies:
@@ -488,7 +452,7 @@ class Dumper:
         # its memory goes while the image is committed; `close` waits for it
         os.kill(copy.pid, signal.SIGKILL)
 
-    def _finish(self, options: DumpOptions, parent: str, work: _Work, report: Report) -> None:
+    def _finish(self, options: DumpOptions, parent: str, work: Work, report: Report) -> None:
         report("encoding", 0, 0)
         at = time.monotonic_ns()
         if parent and len(work.clean):
@@ -558,7 +522,7 @@ class Dumper:
             return "", "no parent image of this process: this is the first generation, dumped in full"
         return parent, ""
 
-    def _expected_pages(self, options: DumpOptions, work: _Work) -> int:
+    def _expected_pages(self, options: DumpOptions, work: Work) -> int:
         """How many pages will be read while the target stands still, about."""
         if options.kill:
             return 0

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One dump under way: what the steps of a `Dumper` hand to each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from checkpointd.dump.division import private_requests
+from checkpointd.dump.limits import Limits
+from checkpointd.dump.page_reading import CopyRequest
+from checkpointd.dump.targets import KnownAlone
+from checkpointd.memory import NO_RUNS, Runs, Vma
+from checkpointd.procfs import maps
+from checkpointd.state.process import ImageState
+from checkpointd.stats import DumpStats
+from checkpointd.target.files import FilesDraft
+from checkpointd.target.process import ProcessDraft
+
+
+@dataclass
+class Work:
+    """One dump under way.
+
+    Attributes:
+        copies: what is still to be read.
+        has_begun: reading began while the tracker was still collecting.
+        early: the pages of that; not in `copies`.
+        nr_resident: pages the target held before the freeze, about.
+        clean: pages taken from the parent.
+        alone: pages that nobody else mapped before the freeze, and how to tell inside that it is still so.
+    """
+
+    stats: DumpStats
+    limits: Limits
+    copies: list[CopyRequest] = field(default_factory=list)
+    has_begun: bool = False
+    early: Runs = field(default_factory=lambda: NO_RUNS)
+    nr_resident: int = 0
+    clean: Runs = field(default_factory=lambda: NO_RUNS)
+    state: ImageState | None = None
+    process_draft: ProcessDraft | None = None
+    maps_draft: maps.MapsDraft | None = None
+    huge: Runs = field(default_factory=lambda: NO_RUNS)
+    files_draft: FilesDraft | None = None
+    alone: KnownAlone | None = None
+    kernel_workers: bool = False
+    started_ns: int = field(default_factory=time.monotonic_ns)
+    _still_alone: Runs | None = None
+
+    def mark(self, phase: str, since_ns: int) -> int:
+        """A phase has ended; the time, in nanoseconds."""
+        now = time.monotonic_ns()
+        self.stats.phases[phase] = self.stats.phases.get(phase, 0) + (now - since_ns) // 1000
+        return now
+
+    def private_requests(self, runs: Runs, vmas: Sequence[Vma]) -> list[CopyRequest]:
+        """How private pages of the frozen target are to be read."""
+        if self._still_alone is None:  # nobody shares more of a process that stands still
+            self._still_alone = self.alone.still(self.stats.pid) if self.alone else NO_RUNS
+        return private_requests(self.stats.pid, runs, self._still_alone, vmas)
