@@ -45,6 +45,8 @@ class Target:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
+            # the kernel writes the number of the processor into the area of rseq when a thread is let go
+            env={**os.environ, "GLIBC_TUNABLES": "glibc.pthread.rseq=0"},
         )
         assert self.process.stdout.readline() == "ready\n"
         self.pid = self.process.pid
