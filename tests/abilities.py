@@ -22,6 +22,7 @@ import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -44,9 +45,13 @@ def have(name: str) -> bool:
 def require(*names: str) -> None:
     """Skip the running test unless all are there (fail where the environment demands them)."""
     missing = [name for name in names if not have(name)]
-    if not missing:
-        return
-    text = f"missing: {', '.join(missing)}"
+    if missing:
+        lacking(*missing)
+
+
+def lacking(*missing: str, why: str = "") -> NoReturn:
+    """Skip the running test for want of these (fail where the environment demands them)."""
+    text = f"missing: {', '.join(missing)}" + (f" ({why})" if why else "")
     demanded = sorted(set(missing) & demanded_abilities())
     if demanded:
         pytest.fail(f"{text}; {REQUIRE} demands {', '.join(demanded)}", pytrace=False)
@@ -142,6 +147,21 @@ def _uffd_wp() -> bool:
         os.close(fd)
 
 
+def _holes_are_written() -> bool:
+    """In memory registered for write protection an emptied page reads WRITTEN, and so does one never touched."""
+    area, at = _area()
+    fd = _syscall(323, os.O_CLOEXEC | os.O_NONBLOCK | 1)
+    try:
+        fcntl.ioctl(fd, 0xC018AA3F, bytearray(struct.pack("3Q", 0xAA, 1 << 15 | 1 << 13, 0)))  # UFFDIO_API
+        fcntl.ioctl(fd, 0xC020AA00, bytearray(struct.pack("4Q", at, 4 * PAGE, 2, 0)))  # REGISTER
+        fcntl.ioctl(fd, 0xC018AA06, bytearray(struct.pack("3Q", at, 2 * PAGE, 1)))  # WRITEPROTECT
+        area.madvise(mmap.MADV_DONTNEED, PAGE, PAGE)
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            return [_scan(pagemap.fileno(), at + n * 2 * PAGE, 1 << 1) for n in range(2)] == [1, 2]  # WRITTEN
+    finally:
+        os.close(fd)
+
+
 def _soft_dirty() -> bool:
     area, at = _area()
     with open("/proc/self/clear_refs", "w") as clear:
@@ -225,6 +245,7 @@ ABILITIES: dict[str, Callable[[], bool]] = {
     "root": _root,
     "ptrace": _ptrace,
     "uffd_wp": _uffd_wp,
+    "holes_are_written": _holes_are_written,
     "pagemap_scan": _pagemap_scan,
     "soft_dirty": _soft_dirty,
     "merge_barrier": _merge_barrier,

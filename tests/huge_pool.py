@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pytest
 
 from checkpointd.linux.hugetlb import Pool, read_pools
 from checkpointd.memory import PAGE_SIZE
+from tests import abilities
 from tests.programs.restore_harness import kill_and_reap
 
 HUGE = 2 << 20
@@ -156,16 +156,34 @@ def pool(size: int = HUGE) -> Pool:
     return read_pools()[size]
 
 
+class NoPagesError(Exception):
+    """The pool cannot be had, or not enough of it."""
+
+
 @contextlib.contextmanager
-def pages_for_tests(nr: int, size: int = HUGE, *, wait_s: float = 300) -> Iterator[Pool]:
-    """The pool to oneself among tests, with so many pages to give; skips where that cannot be had.
+def pages_for_tests(nr: int, size: int = HUGE) -> Iterator[Pool]:
+    """The pool to oneself among tests, with so many pages to give; skips where that cannot be had."""
+    with contextlib.ExitStack() as stack:
+        try:
+            found = stack.enter_context(pool_pages(nr, size))
+        except NoPagesError as error:
+            abilities.lacking("hugetlb", why=str(error))
+        yield found
+
+
+@contextlib.contextmanager
+def pool_pages(nr: int, size: int = HUGE, *, wait_s: float = 300) -> Iterator[Pool]:
+    """The pool to oneself among tests, with so many pages to give; they are given back.
 
     Args:
         wait_s: how long to wait for other tests.
+
+    Raises:
+        NoPagesError: that cannot be had.
     """
     pools = read_pools()
     if size not in pools:
-        pytest.skip(f"no pool of pages of {size} bytes")
+        raise NoPagesError(f"no pool of pages of {size} bytes")
     control = pools[size].control
     with control.open("rb") as lock:
         _take(lock, wait_s)
@@ -176,10 +194,10 @@ def pages_for_tests(nr: int, size: int = HUGE, *, wait_s: float = 300) -> Iterat
                 try:
                     control.write_text(str(before.size + grown))
                 except OSError as error:
-                    pytest.skip(f"the pool of huge pages cannot be made larger: {error}")
+                    raise NoPagesError(f"the pool cannot be made larger: {error}") from error
             now = pool(size)
             if now.free - now.reserved < nr:
-                pytest.skip(f"the kernel has no {nr} huge pages of {size} bytes")
+                raise NoPagesError(f"the kernel has no {nr} pages of {size} bytes")
             yield now
         finally:
             if grown:
@@ -193,7 +211,7 @@ def _take(lock: BinaryIO, wait_s: float) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > give_up_at:
-                pytest.skip("another test has the pool of huge pages")
+                raise NoPagesError("another test has the pool") from None
             time.sleep(0.05)
         else:
             return

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpointd import features, tracepoint
+from checkpointd import tracepoint
 from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.dump.pages import PageWorker
 from checkpointd.errors import Cancelled, CheckpointError, FrozenTooLong
@@ -138,10 +138,8 @@ def test_generations_of_differences_are_what_the_memory_was(target, dumper, stor
     assert (made.pages_delta, made.delta_reason) == (0, "they need compression")
 
 
-@pytest.mark.needs("uffd_wp")
+@pytest.mark.needs("uffd_wp", "holes_are_written")
 def test_pages_are_read_while_the_tracker_goes_on(target, dumper, store, tmp_path):
-    if not features.probe().holes_are_written:
-        pytest.skip("on this kernel nothing is known before everything has been looked at")
     dumper.dump(options(tmp_path))
     seen = []
     tracepoint.register("track.written", lambda _: seen.append(dumper._worker._copying))

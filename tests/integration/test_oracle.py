@@ -19,7 +19,7 @@ from checkpointd.memory import NO_PAGES, PageNumbers, pages_of, runs_of
 from checkpointd.tracking.base import Collection, Space
 from checkpointd.tracking.uffd_wp import UffdWpTracker
 from tests import abilities
-from tests.huge_pool import pages_for_tests
+from tests.huge_pool import NoPagesError, pool_pages
 from tests.oracle import history, truth
 from tests.oracle.binding import CheckpointdEngine
 from tests.oracle.campaign import play
@@ -40,8 +40,8 @@ def huge_pages() -> Iterator[bool]:
     """A pool for hugetlb slots, where one can be had; without, such commands fail and nothing comes of them."""
     with contextlib.ExitStack() as pool:
         has_pool = False
-        with contextlib.suppress(pytest.skip.Exception):
-            pool.enter_context(pages_for_tests(24, wait_s=0))
+        with contextlib.suppress(NoPagesError):
+            pool.enter_context(pool_pages(24, wait_s=0))
             has_pool = True
         yield has_pool
 
@@ -128,7 +128,7 @@ def test_pages_of_the_hugetlb_pool_are_true_and_come_back(
     huge_pages: bool, backend: str, read_mode: str, kind: str
 ) -> None:
     if not huge_pages:
-        pytest.skip("another test has the pool of huge pages")
+        abilities.lacking("hugetlb", why="no pages, or another test has the pool")
     lines = [
         *(f"map 0 {kind} 0 1", "map 1 anon 0 40", "write 0 fill 500 30 5", "write 1 fill 0 40 70", "freeze"),
         *("write 0 byte 510 4 9", "relate 0", "freeze"),
