@@ -44,7 +44,9 @@ KEPT_BYTES = 128 << 20
 _STOPPED_CHECK_S = 0.5
 
 _PIECE_PAGES = 2048  # 8 MiB: what one thread reads at a time
+# Up to so many pages are read at once, without other threads, progress or cancelling.
 _ONE_THREAD_PAGES = 3072  # 12 MiB: some 5 ms, for which the agent is busy all the same
+_AT_ONCE_PAGES = 64  # to hand them over would take longer
 _ENCODE_PAGES = 1024
 _PROGRESS_INTERVAL_S = 0.02
 
@@ -64,7 +66,6 @@ class PageServer:
         self._copied: list[tuple[int, Runs, int]] = []  # (object, runs, offset in the buffer)
         self._used = 0
         self._pool = ThreadPoolExecutor(NR_THREADS)
-        self._one_thread = ThreadPoolExecutor(1)
 
     def begin(self, store: str, parent: str, compress: str, delta: bool, expected_pages: int) -> None:
         self.abort()
@@ -91,8 +92,9 @@ class PageServer:
         return self._store
 
     def copy(self, requests: list[CopyRequest], beside: bool = False) -> None:
-        """Read into the buffer.  `beside`: the agent has work to do meanwhile; little is then left to one thread."""
+        """Read into the buffer.  `beside`: the agent has work to do meanwhile; little is then read by one thread."""
         buffer = self._room()
+        requests = [request for request in requests if len(request.runs)]
         wanted = sum(nr_pages_in(request.runs) for request in requests)
         free = len(buffer.bytes) // PAGE_SIZE - self._used // PAGE_SIZE
         if wanted > free:
@@ -101,15 +103,22 @@ class PageServer:
             self._read_and_encode(beyond, delta=False)
         buffer.touch(self._used + min(wanted, free) * PAGE_SIZE, self._pool)
         jobs: list[tuple[CopyRequest, Runs, int]] = []
-        alone = beside and wanted <= _ONE_THREAD_PAGES
-        piece_pages = min(_PIECE_PAGES, -(-wanted // (2 * NR_THREADS)))
+        at_once = wanted <= (_ONE_THREAD_PAGES if beside else _AT_ONCE_PAGES)
+        piece_pages = _PIECE_PAGES if at_once else min(_PIECE_PAGES, -(-wanted // (2 * NR_THREADS)))
         for request in requests:
             self._copied.append((request.obj, request.runs, self._used))
             for piece in pieces(request.runs, piece_pages):
                 jobs.append((request, piece, self._used))
                 self._used += nr_pages_in(piece) * PAGE_SIZE
-        threads = self._one_thread if alone else self._pool
-        self._each(lambda job: read(job[0], job[1], buffer.bytes, job[2]), jobs, _pages_of_job, threads)
+
+        def work(job: tuple[CopyRequest, Runs, int]) -> None:
+            read(job[0], job[1], buffer.bytes, job[2])
+
+        if at_once:
+            for job in jobs:
+                work(job)
+        else:
+            self._each(work, jobs, _pages_of_job)
 
     def inherit(self, runs: Runs) -> None:
         self._need().inherit(PRIVATE_OBJECT, pages_of(runs))
@@ -195,7 +204,6 @@ class PageServer:
         work: Callable[[Any], None],
         jobs: list[Any],
         size: Callable[[Any], int],
-        threads: ThreadPoolExecutor | None = None,
     ) -> None:
         """Do the jobs, telling how far they are; none is under way any more when this returns or raises.
 
@@ -205,7 +213,7 @@ class PageServer:
         if len(jobs) == 1:
             work(jobs[0])
             return
-        futures = {(threads or self._pool).submit(work, job): size(job) for job in jobs}
+        futures = {self._pool.submit(work, job): size(job) for job in jobs}
         done, total, told_at = 0, sum(futures.values()), time.monotonic()
         try:
             for future in as_completed(futures):
