@@ -67,8 +67,12 @@ def area() -> Iterator[Area]:
     os.close(made.pagemap)
 
 
-@pytest.fixture
-def tracker() -> Iterator[uffd_wp.UffdWpTracker]:
+@pytest.fixture(params=["one after the other", "second walk beside"])
+def tracker(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[uffd_wp.UffdWpTracker]:
+    if request.param == "second walk beside":
+        monkeypatch.setattr(uffd_wp, "_WALK_BESIDE_PAGES", 0)
     known = features.probe()
     made = uffd_wp.UffdWpTracker(
         new_uffd(), has_guard_category=known.guard_category, holes_are_written=known.holes_are_written
