@@ -146,6 +146,9 @@ def merge_runs(runs: Runs) -> Runs:
     """Any (first, nr) rows as runs: sorted, overlaps and touching neighbours joined."""
     if len(runs) < 2:
         return runs
+    ends = runs[:, 0] + runs[:, 1]
+    if bool((runs[1:, 0] > ends[:-1]).all()):
+        return runs
     in_order = bool((runs[1:, 0] >= runs[:-1, 0]).all())
     ordered = runs if in_order else runs[np.argsort(runs[:, 0], kind="stable")]
     ends = np.maximum.accumulate(ordered[:, 0] + ordered[:, 1])
