@@ -49,6 +49,7 @@ def _measure_writes(bench: Bench, permille: int, nr_bytes: int) -> None:
             for target, chain, word in zip(targets, chains, ("", "--delta"), strict=True):
                 target.tell(f"dirty {permille} {n} {nr_bytes}")
                 words = ["--incremental", word] if n else []
+                bench.warm(target)
                 chain.append(bench.checkpoint.dump(target.pid, *filter(None, words)))
         _add_dumps(bench, what, chains[0][2:], chains[1][2:])
         restored: tuple[list[float], list[float]] = ([], [])
@@ -69,6 +70,7 @@ def _restore(bench: Bench, target: Target, image: str) -> float:
     """How long, in ms; the target is compared with what it was."""
     want = target.tell("sum")
     target.kill()
+    bench.warm(target)
     took = bench.checkpoint.restore(image)["restore_time"] / 1000
     if target.tell("sum") != want:
         raise RuntimeError("the restored target has other memory")

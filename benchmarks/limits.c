@@ -7,6 +7,8 @@
 //   limits fill MEGABYTES ROUNDS DIRECTORY thp|4k   read a warm file into fresh memory: one thread, and then two; then two
 //       that add up all words of what they read before they write it into the fresh memory of another process
 //
+//   limits warm MEGABYTES thp|4k           touch that much memory, of such pages, and give it back
+//
 // Prints one line of microseconds per round ("stop": scan, copy, total; "fill": one, two, checked), and before each waits for a line on its
 // standard input, so that limits and ours can take turns (end of file: as fast as it goes).
 #define _GNU_SOURCE
@@ -47,12 +49,25 @@ static double now(void)
 	return t.tv_sec * 1e6 + t.tv_nsec / 1e3;
 }
 
-static void wait_for_turn(int round)
+static void *fresh(size_t size, int huge);
+
+// Where a hypervisor takes back memory that lay free for seconds, the next touch of it costs a multiple.  What is to be
+// measured is not that: free memory is touched once before each measurement, of the limits and of ours.
+static void warm(size_t size, int huge)
+{
+	char *at = fresh(size, huge);
+	for (size_t i = 0; i < size; i += 4096)
+		((volatile char *)at)[i] = 1;
+	munmap(at, size);
+}
+
+static void wait_for_turn(int round, size_t size, int huge)
 {
 	int c = 0;
 	fflush(stdout);
 	while (round >= 0 && c != '\n' && c != EOF)
 		c = getchar();
+	warm(size + size / 4, huge);
 }
 
 static void die(const char *what)
@@ -131,7 +146,7 @@ static void stop_floor(size_t size, unsigned long permille, int rounds)
 	if (ptrace(PTRACE_SEIZE, pid, 0, 0))
 		die("seize");
 	for (int r = -2; r < rounds; r++) {
-		wait_for_turn(r);
+		wait_for_turn(r, size, 0);
 		if (write(go[1], "g", 1) != 1)
 			die("go");
 		wait_done(done);
@@ -247,9 +262,13 @@ static double fill_checked(int fd, size_t size, int huge)
 
 int main(int argc, char **argv)
 {
+	size_t size = argc > 2 ? (size_t)atol(argv[2]) << 20 : 0;
+	if (argc == 4 && !strcmp(argv[1], "warm")) {
+		warm(size + size / 4, argv[3][0] == 't');
+		return 0;
+	}
 	if (argc < 5)
 		return 2;
-	size_t size = (size_t)atol(argv[2]) << 20;
 	char path[512];
 	if (!strcmp(argv[1], "stop")) {
 		stop_floor(size, atol(argv[3]), atoi(argv[4]));
@@ -262,7 +281,7 @@ int main(int argc, char **argv)
 		pid_t pid = child(memory, size, 0, go, done, 0);
 		wait_done(done);
 		for (int r = -1; r < rounds; r++) {
-			wait_for_turn(r);
+			wait_for_turn(r, size, 0);
 			int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
 			double took = both(copy_part, (struct part){.pid = pid, .fd = fd, .memory = memory}, size, 2);
 			close(fd);
@@ -283,7 +302,7 @@ int main(int argc, char **argv)
 	munmap(content, size);
 	for (int r = -1; r < rounds; r++) {
 		double took[2];
-		wait_for_turn(r);
+		wait_for_turn(r, size, huge);
 		for (int n = 1; n <= 2; n++) {
 			char *into = fresh(size, huge);
 			took[n - 1] = both(fill_part, (struct part){.fd = fd, .into = into}, size, n);
