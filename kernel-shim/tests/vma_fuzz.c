@@ -5,7 +5,7 @@
  *
  *   vma_fuzz SEED NR_OPERATIONS precise|default|mixed [NR_PAGES]
  *
- * Missed: written since the last clear, present, and reads clean. Over-reported: present, older than the last
+ * Missed: written or moved here since the last clear, present, and reads clean. Over-reported: present, older than the last
  * clear, not written since, and reads dirty. With "precise" a missed page is a failure (exit 1); with "default"
  * it is the known loss of stock kernels and only counted; "mixed" switches at random and judges nothing.
  * A second thread reads through process_vm_readv() all the time, for the sake of faults beside the changes.
@@ -27,6 +27,7 @@
 
 #define PAGE 4096ul
 #define MOST 2048
+#define TABLE 512 /* pages of one page table */
 #define PR_SET_PRECISE_SOFTDIRTY 0x50534454
 #define RW (PROT_READ | PROT_WRITE)
 
@@ -40,7 +41,7 @@ static int nr_pages = MOST;
 static char *arena;
 static uint64_t state;
 static int pagemap_fd, clear_fd, file_fd;
-static long missed, over, exact, clears, most_vmas;
+static long missed, over, exact, clears, most_vmas, tables;
 static volatile int stop;
 
 static unsigned rnd(unsigned below)
@@ -133,6 +134,36 @@ static void check_and_clear(void)
 		pages[i].written = pages[i].fresh = 0;
 }
 
+static int move(int i, int j, int n)
+{
+	if (mremap(at(i), n * PAGE, n * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at(j)) != at(j))
+		return 0;
+	memcpy(pages + j, pages + i, n * sizeof(*pages));
+	for (int k = j; k < j + n; k++) { /* the kernel marks what it moves; what holds data is not what was here */
+		pages[k].fresh = 1;
+		pages[k].written = pages[k].backed;
+	}
+	forget(i, n);
+	return 1;
+}
+
+/* Alone in its page table, so that the kernel may move that. */
+static void move_table(void)
+{
+	int nr = nr_pages / TABLE, i = rnd(nr) * TABLE, j = rnd(nr) * TABLE;
+
+	if (i == j || mmap(at(i), TABLE * PAGE, RW, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != at(i))
+		return;
+	became(i, TABLE, ANON, RW);
+	for (int k = i; k < i + TABLE; k += 1 + rnd(8)) {
+		*at(k) = k;
+		pages[k].written = pages[k].backed = 1;
+	}
+	if (rnd(2))
+		check_and_clear();
+	tables += move(i, j, TABLE);
+}
+
 static void run(long operations, int mode)
 {
 	for (long op = 0; op < operations; op++) {
@@ -165,13 +196,8 @@ static void run(long operations, int mode)
 					pages[k].prot = prot;
 		} else if (what < 79) { /* move a piece */
 			j = rnd(nr_pages - n);
-			if ((j + n <= i || i + n <= j) && pages[i].kind != UNMAPPED &&
-			    mremap(at(i), n * PAGE, n * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at(j)) == at(j)) {
-				memcpy(pages + j, pages + i, n * sizeof(*pages));
-				for (int k = j; k < j + n; k++) /* the kernel marks what it moves */
-					pages[k].fresh = 1;
-				forget(i, n);
-			}
+			if ((j + n <= i || i + n <= j) && pages[i].kind != UNMAPPED && move(i, j, n))
+				;
 			/* a refused move may have unmapped the destination already: look */
 			else if (j + n <= i || i + n <= j) {
 				unsigned char vec[64];
@@ -187,7 +213,7 @@ static void run(long operations, int mode)
 		} else if (what < 86) {
 			madvise(at(i), n * PAGE, MADV_DONTNEED);
 			for (int k = i; k < i + n; k++)
-				pages[k].written = 0;
+				pages[k].written = pages[k].backed = 0;
 		} else if (what < 88) {
 			madvise(at(i), n * PAGE, rnd(2) ? MADV_RANDOM : MADV_NORMAL);
 		} else if (what < 90) {
@@ -217,6 +243,8 @@ static void run(long operations, int mode)
 			waitpid(pid, NULL, 0);
 		} else if (what < 97 && mode == 2) {
 			prctl(PR_SET_PRECISE_SOFTDIRTY, rnd(2), 0, 0, 0);
+		} else if (what == 97 && !rnd(4)) {
+			move_table();
 		} else if (what >= 99) {
 			check_and_clear();
 		}
@@ -240,9 +268,9 @@ int main(int argc, char **argv)
 	mode = !strcmp(argv[3], "precise") ? 1 : !strcmp(argv[3], "mixed") ? 2 : 0;
 	if (prctl(PR_SET_PRECISE_SOFTDIRTY, mode == 1, 0, 0, 0) && mode)
 		die("PR_SET_PRECISE_SOFTDIRTY");
-	arena = mmap(NULL, (nr_pages + 128) * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	munmap(arena, (nr_pages + 128) * PAGE);
-	arena += 64 * PAGE;
+	arena = mmap(NULL, (nr_pages + 3 * TABLE) * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	munmap(arena, (nr_pages + 3 * TABLE) * PAGE);
+	arena = (char *)(((uintptr_t)arena + 2 * TABLE * PAGE - 1) & -(TABLE * PAGE)); /* a hole before and after */
 	pagemap_fd = open("/proc/self/pagemap", O_RDONLY);
 	clear_fd = open("/proc/self/clear_refs", O_WRONLY);
 	file_fd = syscall(SYS_memfd_create, "fuzz", 0);
@@ -255,7 +283,7 @@ int main(int argc, char **argv)
 	stop = 1;
 	pthread_join(thread, NULL);
 	check_and_clear();
-	printf("%s: seed %s, %ld operations, %ld clears: missed %ld, over-reported %ld, exact %ld, most VMAs %ld\n",
-	       argv[3], argv[1], operations, clears, missed, over, exact, most_vmas);
+	printf("%s: seed %s, %ld operations, %ld clears: missed %ld, over-reported %ld, exact %ld, most VMAs %ld, tables moved %ld\n",
+	       argv[3], argv[1], operations, clears, missed, over, exact, most_vmas, tables);
 	return mode == 1 && missed;
 }
