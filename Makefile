@@ -62,7 +62,7 @@ man: $(STAMP) ## build the man pages into build/man
 bench: $(STAMP) ## measure against physical limits and peers (long)
 	$(PY) -m benchmarks $(ARGS)
 
-study: $(STAMP) ## measure real programs, write docs/savings.md (hours; goes on where it was)
+study: $(STAMP) ## measure real programs not measured yet, write docs/savings.md (hours; ARGS=--render-only)
 	PYTHONPATH=kernel-shim $(PY) -m benchmarks.study $(ARGS)
 
 soak: $(STAMP) ## kill agents and services 10,000 times (long; goes on where it was interrupted)

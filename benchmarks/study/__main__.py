@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make study`: measure what is not measured yet, then write docs/savings.md.
 
-    python -m benchmarks.study [NAME ...] [--where native,6.12-stock,6.12-precise] [--repeats 3] [--render-only]
+    python -m benchmarks.study [NAME ...] [--where native,6.12-stock,...] [--repeats 2] [--render-only]
 
-Records: build/study/WHERE/NAME-REPEAT.jsonl; remove one to have it made again.  In guests (emulated, so seconds mean
+A record that is in benchmarks/study/records is not made again; remove one to have it made again.  The full records,
+which `checkpoint report` shows with all mappings, stay under build/study.  In guests (emulated, so seconds mean
 nothing there) the data is smaller and there is one program a guest.
 """
 
@@ -15,65 +16,88 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.study import compact
 from benchmarks.study.render import render
+from benchmarks.study.seen import NATIVE, RECORDS
 from benchmarks.study.workloads import WORKLOADS
 
 ROOT = Path(__file__).parents[2]
-NATIVE = "native"
-GUEST_TIMEOUT_S = 1800
-GUEST_EPOCHS, NATIVE_EPOCHS = 3, 6
-GUEST_BACKENDS = {"6.12-precise": "precise-soft-dirty"}
-DEFAULT_GUEST_BACKENDS = "soft-dirty,barrier-soft-dirty,uffd-wp"
-"""What a guest is for."""
+GUEST_EPOCHS, NATIVE_EPOCHS, NATIVE_PAIRS = 3, 6, 8
+GUEST_BACKENDS = {
+    "6.12-stock": "soft-dirty,barrier-soft-dirty,uffd-wp",
+    "6.12-precise": "precise-soft-dirty",
+    "6.1-stock": "soft-dirty,barrier-soft-dirty",
+    "6.1-precise": "precise-soft-dirty",
+}
+"""What a guest is for; 6.1 has no PAGEMAP_SCAN, hence no uffd-wp."""
+TIME_IS_UP = 124
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--where", default=f"{NATIVE},6.12-stock,6.12-precise")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--guest-backends", default="", metavar="LIST", help="instead of what a guest is for")
-    parser.add_argument("--records", type=Path, default=ROOT / "build" / "study")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--guest-timeout", type=int, default=1800, metavar="SECONDS", help="for one program")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="the records that are kept")
+    parser.add_argument("--full", type=Path, default=ROOT / "build" / "study", help="the full records")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "savings.md")
     parser.add_argument("--render-only", action="store_true")
     args = parser.parse_args()
     names = args.names or list(WORKLOADS)
     if unknown := set(names) - set(WORKLOADS):
         parser.error(f"no such program: {', '.join(sorted(unknown))}")
+    places = args.where.split(",")
+    if unknown := set(places) - {NATIVE, *GUEST_BACKENDS}:
+        parser.error(f"no such place: {', '.join(sorted(unknown))}")
     failed = []
     if not args.render_only:
-        for where in args.where.split(","):
-            for repeat in range(1, args.repeats + 1):
+        for repeat in range(1, args.repeats + 1):
+            for where in places:
                 for name in names:
-                    out = (args.records / where / f"{name}-{repeat}.jsonl").resolve()
-                    if out.exists():
+                    kept = args.records / where / f"{name}-{repeat}{compact.SUFFIX}"
+                    if kept.exists():
                         continue
+                    full = (args.full / where / f"{name}-{repeat}.jsonl").resolve()
                     print(f"{where}: {name}, {repeat} of {args.repeats}", flush=True)
-                    if _measure(where, name, out, args.guest_backends) != 0:
-                        failed.append(f"{where}/{out.name}")
+                    if not _keep(where, name, full, kept, args.guest_timeout):
+                        failed.append(f"{where}/{name}-{repeat}")
     args.output.write_text(render(args.records), encoding="utf-8")
     print(f"{args.output} written")
     if failed:
-        print("not measured: " + ", ".join(failed), file=sys.stderr)
+        print("failed: " + ", ".join(failed), file=sys.stderr)
     return bool(failed)
 
 
-def _measure(where: str, name: str, out: Path, backends: str) -> int:
-    out.parent.mkdir(parents=True, exist_ok=True)
+def _keep(where: str, name: str, full: Path, kept: Path, timeout_s: int) -> bool:
+    """Measure unless a full record is there already, and keep it; False if there is nothing to keep."""
+    if not full.exists():
+        full.parent.mkdir(parents=True, exist_ok=True)
+        status = _measure(where, name, full, timeout_s)
+        part = full.with_suffix(".part")
+        if status == TIME_IS_UP and where != NATIVE and part.exists():
+            why = f"the emulated machine was given {timeout_s / 60:.0f} minutes, which did not do"
+            compact.write(compact.cut_short(part, why), kept)
+            return True
+    if full.exists():
+        compact.keep(full, kept)
+    return full.exists()
+
+
+def _measure(where: str, name: str, out: Path, timeout_s: int) -> int:
     words = [sys.executable, "-m", "benchmarks.study.measure", name, str(out)]
     if where == NATIVE:
-        done = subprocess.run([*words, "--epochs", str(NATIVE_EPOCHS)], cwd=ROOT, check=False)
-    else:
-        guest = [sys.executable, "-m", "vmtest", "run", where, "--timeout", str(GUEST_TIMEOUT_S)]
-        inside = ["env", "STUDY_SMALL=1", *words, "--epochs", str(GUEST_EPOCHS), "--baseline-ms", "0"]
-        inside += ["--backends", backends or GUEST_BACKENDS.get(where, DEFAULT_GUEST_BACKENDS)]
-        done = subprocess.run(
-            [*guest, "--share", str(out.parent), "--", *inside],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT / "kernel-shim")},
-            check=False,
-        )
-    return 0 if done.returncode == 3 else done.returncode
+        words += ["--epochs", str(NATIVE_EPOCHS), "--pairs", str(NATIVE_PAIRS)]
+        return subprocess.run(words, cwd=ROOT, check=False).returncode
+    guest = [sys.executable, "-m", "vmtest", "run", where, "--timeout", str(timeout_s)]
+    inside = ["env", "STUDY_SMALL=1", *words, "--epochs", str(GUEST_EPOCHS)]
+    inside += ["--backends", GUEST_BACKENDS[where]]
+    return subprocess.run(
+        [*guest, "--share", str(out.parent), "--", *inside],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "kernel-shim")},
+        check=False,
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One repetition of one workload: start it, measure it run by run, write the record.
 
-    python -m benchmarks.study.measure NAME OUT [--epochs N] [--interval-ms N] [--backends LIST]
+    python -m benchmarks.study.measure NAME OUT [--epochs N] [--interval-ms N] [--backends LIST] [--pairs N]
 
-Every run gets the program started afresh, so that runs are equal.  Exit status 3: this machine lacks something, which
+Every run gets the program started afresh, so that runs are equal.  With --pairs, what tracking costs the program is
+measured after its run: intervals without tracking and with it take turns, N times, each a record of type "pair" with
+the program's own throughput, `untracked` and `tracked`, a second.  Exit status 3: this machine lacks something, which
 is written to OUT as a record of one line, so that nobody tries again.
 """
 
@@ -11,29 +13,32 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study.workloads import WORKLOADS, Probe, Skipped
 from checkpointd import features
-from checkpointd.errors import CheckpointError
+from checkpointd.errors import CheckpointError, TargetGone
 from checkpointd.measure.engine import MeasureOptions, measure
 from checkpointd.measure.plan import plan_runs
 from checkpointd.procfs import clear_refs
 from checkpointd.report import record
 
 LACKS = 3
+SETTLING_S = 0.5
 
 
 class Recorder:
-    """Writes one record of several calls of `measure`, with the probe's samples and the times of clear_refs."""
+    """Writes one record of several calls of `measure`, with the times of clear_refs."""
 
     def __init__(self, out: Path) -> None:
         self._file = out.open("w", encoding="utf-8")
-        self.probe: Probe | None = None
         self.clear_us: int | None = None
         self._has_header = False
 
@@ -43,22 +48,12 @@ class Recorder:
 
     def emit(self, found: dict[str, Any]) -> None:
         kind = found["type"]
-        if kind == "mark":
-            if self.probe is not None:
-                try:
-                    value = self.probe()
-                except Exception as error:
-                    print(f"  the probe failed: {error}", file=sys.stderr)
-                    return
-                edge = {key: found[key] for key in ("run", "epoch", "edge", "t_us")}
-                self.write({"type": "probe", **edge, "value": value})
-            return
         if kind == "header":
             if self._has_header:
                 return
             self._has_header = True
             found = {**found, "nr_cpus": os.cpu_count(), "load_before": os.getloadavg()[0]}
-        if kind == "end":
+        if kind in ("mark", "end"):
             return
         if kind == "epoch" and self.clear_us is not None:
             found, self.clear_us = {**found, "clear_us": self.clear_us}, None
@@ -81,14 +76,46 @@ class Recorder:
         self._file.close()
 
 
+def pairs(pid: int, options: MeasureOptions, probe: Probe, number: int) -> Iterator[dict[str, Any]]:
+    """The program's throughput without and with tracking, intervals taking turns.
+
+    Load of others changes by the second: a tracked interval is held against the mean of the untracked ones before and
+    after it.  Each begins when what came before it (a freeze, a process of ours) is over and the program has caught up.
+
+    Yields fewer than asked for when the program ends or does not answer the probe.
+    """
+    tracked: list[float] = []
+
+    def rate() -> float:
+        time.sleep(SETTLING_S)
+        before, begun = probe(), time.monotonic()
+        time.sleep(options.interval_us / 1e6)
+        after, ended = probe(), time.monotonic()
+        return (after - before) / (ended - begun)
+
+    try:
+        before = rate()
+        for pair in range(number):
+            # nothing of this goes into the record: it would be other intervals than those before
+            measure(pid, replace(options, epochs=1), lambda _: None, between=lambda _: tracked.append(rate()))
+            after = rate()
+            yield {
+                **{"type": "pair", "run": options.run, "pair": pair, "load": os.getloadavg()[0]},
+                **{"untracked": (before + after) / 2, "tracked": tracked[-1]},
+            }
+            before = after
+    except (TargetGone, OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
+        print(f"  no more pairs: {error}", file=sys.stderr)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.measure")
     parser.add_argument("name", choices=sorted(WORKLOADS))
     parser.add_argument("out", type=Path)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--interval-ms", type=int, default=1000)
-    parser.add_argument("--baseline-ms", type=int, default=3000)
     parser.add_argument("--backends", default="")
+    parser.add_argument("--pairs", type=int, default=0)
     args = parser.parse_args()
     workload = WORKLOADS[args.name]
     part = args.out.with_suffix(".part")
@@ -106,12 +133,14 @@ def main() -> int:
                 epochs=args.epochs,
                 backends=wanted,
                 run=number,
-                baseline_us=args.baseline_ms * 1000,
+                baseline_us=0,
             )
             with tempfile.TemporaryDirectory(prefix="study-") as name:
                 with workload.run(Path(name)) as (pid, probe):
-                    recorder.probe = probe
                     measure(pid, options, recorder.emit)
+                    if probe is not None and args.pairs:
+                        for found in pairs(pid, options, probe, args.pairs):
+                            recorder.write(found)
                 os.chdir("/")
         recorder.write({"type": "end", "reason": "done"})
     except Skipped as error:

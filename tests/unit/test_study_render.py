@@ -6,18 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.study import compact
 from benchmarks.study.render import render
+from benchmarks.study.seen import RECORDS as KEPT
 from benchmarks.study.workloads import WORKLOADS
-from checkpointd.report.record import line
 
 LINES = (Path(__file__).parents[1] / "data" / "measurement-v1.jsonl").read_text().splitlines()
 RECORDS = [json.loads(text) for text in LINES]
 
 
-def keep(directory, where, name, repeat, change=lambda found: found):
-    path = directory / where / f"{name}-{repeat}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line(change(dict(found))) + "\n" for found in RECORDS))
+def keep(directory, where, name, repeat, change=lambda found: found, extra=None):
+    lines = [change(dict(found)) for found in RECORDS]
+    compact.write(lines if extra is None else [*lines, *extra], path_of(directory, where, name, repeat))
+
+
+def path_of(directory, where, name, repeat=1):
+    return directory / where / f"{name}-{repeat}{compact.SUFFIX}"
 
 
 def row(text, *words):
@@ -47,21 +51,32 @@ def test_repeats_have_a_spread_and_single_runs_have_none(tmp_path):
     )
     assert "No reporter missed a page" in text
     assert "Plain soft-dirty was not measured" in text
-    assert "numpy:" not in text
+    assert row(text, "numpy:").startswith(
+        "| numpy: CPython with numpy, training a small network | not measured: "
+    )
 
 
-def test_throughput_is_shown_only_of_a_machine_that_was_not_busy(tmp_path):
-    keep(tmp_path, "native", "redis", 1)
-    assert "throughput/s" not in render(tmp_path)
-    calm = {"nr_cpus": 2, "load_before": 0.3}
+def pair(untracked, tracked, load=0.5):
+    return {"type": "pair", "run": 0, "pair": 0, "load": load, "untracked": untracked, "tracked": tracked}
+
+
+def test_throughput_is_the_median_of_pairs_and_noise_is_called_so(tmp_path):
     keep(
         tmp_path,
         "native",
         "redis",
         1,
-        lambda found: {**found, **calm} if found["type"] == "header" else found,
+        extra=[pair(1000, 900), pair(2000, 1700), pair(50, 40), pair(500, 400)],
     )
-    assert "throughput/s" in render(tmp_path)
+    keep(tmp_path, "native", "nginx", 1, extra=[pair(100, 110, 4.25), pair(100, 80), pair(100, 99)])
+    keep(tmp_path, "native", "gcc", 1)
+    text = render(tmp_path)
+    # lost: 10, 15, 20 and 20 of a hundred
+    assert "| 750 | 18 % | 15 % to 20 % | 4 |" in row(text, "| redis |")
+    assert "| 1.0 % | -10 % to 20 % | 3 |" in row(text, "| nginx |")
+    assert "it cannot tell" in row(text, "| gcc |")
+    assert "a load of 0.5 to 4.2 on" in text
+    assert "freezes left out): redis 18 %; within the noise: nginx." in text
 
 
 def test_a_guest_s_savings_and_losses_are_counted(tmp_path):
@@ -79,7 +94,7 @@ def test_a_guest_s_savings_and_losses_are_counted(tmp_path):
                     **{"pages_missed": missed, "missed": []},
                 }
             if found["type"] == "epoch":
-                return {**found, "clear_us": 70 + found["epoch"], "nr_vmas_after": 12}
+                return {**found, "clear_us": 70 + 2 * found["epoch"], "nr_vmas_after": 12}
             return found
 
         return change
@@ -94,14 +109,58 @@ def test_a_guest_s_savings_and_losses_are_counted(tmp_path):
     first, last = 100 * (over + 400_000) / changed, 100 * over / changed
     assert f"sqlite {first:.0f} % to {last:.0f} %." in text
     assert row(text, "6.12-stock", "soft-dirty bit", "sqlite").endswith("| 12 |")
-    assert row(text, "sqlite", "precise-soft-dirty bit").endswith("| 12 | 73 |")
+    assert row(text, "| redis | - |").startswith("| redis | - | not measured: no time for it yet |")
+    packed = sum(found["bytes_packed"] for found in judged) / sum(found["bytes_stored"] for found in judged)
+    assert f"| sqlite | {packed:.2f} | {packed:.2f} | - | - |" in text
+    assert row(text, "sqlite", "precise-soft-dirty bit").endswith("| 12 | 75 |")
     assert "The merge barrier on the stock kernel was not measured" in text
 
 
 def test_what_a_machine_lacks_is_named(tmp_path):
     keep(tmp_path, "native", "redis", 1)
-    (tmp_path / "native" / "java-1.jsonl").write_text('{"type":"lacking","why":"javac is missing"}\n')
-    assert "Not measured native: java (javac is missing)." in render(tmp_path)
+    compact.write([{"type": "lacking", "why": "javac is missing"}], path_of(tmp_path, "native", "java"))
+    assert "| not measured: javac is missing |" in row(render(tmp_path), "| java:")
+
+
+def test_a_kept_record_says_the_same_as_the_full_one_without_its_bulk(tmp_path):
+    made, kept = tmp_path / "made.jsonl", tmp_path / "kept" / f"x-1{compact.SUFFIX}"
+    made.write_text("\n".join(LINES) + "\n")
+    compact.keep(made, kept)
+    lines = compact.read(kept)
+    assert len(lines) == len(RECORDS)
+    left_out = {"mappings", "objects", "heat", "heat_pages", "host", "pid", "cmdline"}
+    for ours, full in zip(lines, RECORDS, strict=True):
+        differing = {key for key in full if ours[key] != full[key]}
+        assert ours.keys() == full.keys() and differing <= left_out
+    assert kept.stat().st_size < made.stat().st_size / 4
+    assert (lines[0]["host"], lines[0]["pid"], lines[0]["cmdline"]) == ("", 0, "")
+
+
+def test_of_a_measurement_cut_short_the_whole_runs_are_kept(tmp_path):
+    part = tmp_path / "x-1.part"
+    header = json.dumps({**RECORDS[0], "runs": [["uffd-wp", "content"], ["soft-dirty"]]})
+    begun = ['{"type":"run","run":1,"backends":["soft-dirty"]}', '{"type":"epoch","run":1,"epo']
+    whole = [text for text in LINES[1:] if '"type":"end"' not in text]
+    part.write_text("\n".join([header, *whole, *begun]))
+    kept = path_of(tmp_path, "6.12-stock", "redis")
+    compact.write(compact.cut_short(part, "no time"), kept)
+    text = render(tmp_path)
+    assert "| redis | soft-dirty | not measured: no time |" in text
+    assert row(text, "| redis | uffd-wp |").count("|") > 10 and "not measured" not in row(
+        text, "| redis | uffd-wp |"
+    )
+    part.write_text("\n".join([header, *begun]))
+    assert list(compact.cut_short(part, "no time")) == [{"type": "lacking", "why": "no time"}]
+
+
+def test_savings_is_what_the_kept_records_say():
+    page = Path(__file__).parents[2] / "docs" / "savings.md"
+    assert page.read_text() == render(KEPT), "run `make study ARGS=--render-only`"
+
+
+def test_kept_records_are_small():
+    sizes = {path.name: path.stat().st_size for path in KEPT.rglob("*") if path.is_file()}
+    assert sizes and max(sizes.values()) < 20_000 and sum(sizes.values()) < 1 << 20
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kept records say, by place, program and backend.
+
+A figure is the mean over the repeats of a program's mean over its epochs; its lowest and highest are those of the
+repeats.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.study import compact
+from benchmarks.study.workloads import WORKLOADS
+from checkpointd.report import record
+from checkpointd.report.record import Measurement
+from checkpointd.report.summary import BackendSummary, RunSummary, Spread, summarise
+
+NATIVE = "native"
+RECORDS = Path(__file__).parent / "records"
+
+Value = Callable[["Seen"], float | None]
+
+
+class Seen:
+    """One backend of one program in one repeat."""
+
+    def __init__(self, backend: BackendSummary, run: RunSummary, epochs: Sequence[record.Record]) -> None:
+        self.backend, self.run, self.epochs = backend, run, epochs
+
+    @property
+    def clear_us(self) -> float | None:
+        times = [epoch["clear_us"] for epoch in self.epochs if "clear_us" in epoch]
+        return median(times) if times else None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A program's own throughput in pairs of intervals, without and with tracking.
+
+    Attributes:
+        nr_pairs: how many.
+        untracked: median throughput a second without tracking.
+        lost: median of what each pair lost with tracking, per cent; less than 0: it was faster.
+        low, high: half of the pairs lay between these.
+        load: the lowest and the highest load of the machine meanwhile.
+    """
+
+    nr_pairs: int
+    untracked: float
+    lost: float
+    low: float
+    high: float
+    load: tuple[float, float]
+
+
+class Study:
+    """where -> program -> backend -> its repeats, and why something is not there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.seen: dict[str, dict[str, dict[str, list[Seen]]]] = {}
+        self.lacking: dict[str, dict[str, str]] = defaultdict(dict)
+        self.skipped: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+        self.kernels: dict[str, str] = {}
+        self.headers: list[record.Record] = []
+        self._pairs: dict[str, list[record.Record]] = defaultdict(list)
+        for path in sorted(directory.glob(f"*/*{compact.SUFFIX}")):
+            where, name = path.parent.name, path.name.removesuffix(compact.SUFFIX).rsplit("-", 1)[0]
+            found = compact.read(path)
+            if found[0]["type"] == "lacking":
+                self.lacking[where][name] = found[0]["why"]
+                continue
+            if where == NATIVE:
+                self._pairs[name] += [line for line in found if line["type"] == "pair"]
+            self._add(where, name, record.parse(map(json.dumps, found), str(path)))
+        self.places = sorted(self.seen, key=lambda where: (where != NATIVE, where))
+
+    def _add(self, where: str, name: str, found: Measurement) -> None:
+        self.kernels[where] = found.header["kernel"]
+        self.headers.append(found.header)
+        for skipped in found.skipped:
+            self.skipped[where][name] |= dict.fromkeys(skipped["backends"], skipped["why"])
+        summary = summarise(found)
+        runs = {run.run: run for run in summary.runs}
+        records = {run.number: [e for n, e in sorted(run.epochs.items()) if n > 0] for run in found.runs}
+        backends = self.seen.setdefault(where, {}).setdefault(name, defaultdict(list))
+        for backend in summary.backends:
+            backends[backend.name].append(Seen(backend, runs[backend.run], records[backend.run]))
+
+    def spread(self, where: str, name: str, backend: str, value: Value) -> Spread | None:
+        return Spread.of(value(seen) for seen in self.seen.get(where, {}).get(name, {}).get(backend, ()))
+
+    def means(self, where: str, backend: str, value: Value) -> dict[str, float]:
+        found = {name: self.spread(where, name, backend, value) for name in self.programs(where)}
+        return {name: spread.mean for name, spread in found.items() if spread is not None}
+
+    def programs(self, where: str) -> list[str]:
+        return [name for name in WORKLOADS if name in self.seen.get(where, {})]
+
+    def place(self, kind: str) -> str:
+        """The guest of this kind ("stock", "precise") in which most programs were measured; "" if there is none."""
+        found = [where for where in self.seen if where.endswith(kind)]
+        return max(found, key=lambda where: len(self.seen[where]), default="")
+
+    def why_not(self, where: str, name: str) -> str:
+        """Why a program is not among those of a place."""
+        return self.lacking.get(where, {}).get(name, "no time for it yet")
+
+    def cost(self, name: str) -> Cost | None:
+        """What tracking took from a program natively; None if it cannot tell how much it does."""
+        pairs = [pair for pair in self._pairs[name] if pair["untracked"] > 0]
+        if not pairs:
+            return None
+        lost = sorted(100 - 100 * pair["tracked"] / pair["untracked"] for pair in pairs)
+        loads = [pair["load"] for pair in pairs]
+        return Cost(
+            nr_pairs=len(pairs),
+            untracked=median([pair["untracked"] for pair in pairs]),
+            lost=median(lost),
+            low=lost[len(lost) // 4],
+            high=lost[-1 - len(lost) // 4],
+            load=(min(loads), max(loads)),
+        )
+
+
+def median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def over(seen: Seen) -> float | None:
+    ratio = seen.backend.over_ratio
+    return None if ratio is None else 100 * ratio
+
+
+def raw(seen: Seen) -> float:
+    return seen.backend.bytes_raw.mean
+
+
+def packed(seen: Seen) -> float:
+    return seen.backend.bytes_packed.mean
+
+
+def stored(seen: Seen) -> float:
+    return seen.backend.bytes_stored.mean
+
+
+def packed_of_stored(seen: Seen) -> float | None:
+    return packed(seen) / stored(seen) if stored(seen) else None
+
+
+def merged_share(seen: Seen) -> float | None:
+    reported = seen.backend.reported.mean
+    return 100 * seen.backend.causes["merged"] / reported if reported else None
+
+
+def xor_share(seen: Seen) -> float | None:
+    whole = seen.run.bytes_written_stored
+    return 100 * seen.run.bytes_xor / whole if whole else None
+
+
+def most_vmas(seen: Seen) -> float:
+    return seen.run.vmas.high
+
+
+def vmas_taken_back(seen: Seen) -> float | None:
+    """VMAs that are gone after the trackers have collected, on average."""
+    return None if seen.run.vmas_after is None else seen.run.vmas.mean - seen.run.vmas_after.mean
