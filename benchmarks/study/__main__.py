@@ -4,7 +4,8 @@
     python -m benchmarks.study [NAME ...] [--where native,6.12-stock,...] [--repeats 2] [--render-only]
 
 A record that is in benchmarks/study/records is not made again; remove one to have it made again.  The full records,
-which `checkpoint report` shows with all mappings, stay under build/study.  In guests (emulated, so seconds mean
+which `checkpoint report` shows with all mappings, stay under build/study.  The place "cost" is what tracking costs
+programs natively: best measured while the machine does nothing else.  In guests (emulated, so seconds mean
 nothing there) the data is smaller and there is one program a guest.
 """
 
@@ -18,11 +19,11 @@ from pathlib import Path
 
 from benchmarks.study import compact
 from benchmarks.study.render import render
-from benchmarks.study.seen import NATIVE, RECORDS
+from benchmarks.study.seen import COST, NATIVE, RECORDS
 from benchmarks.study.workloads import WORKLOADS
 
 ROOT = Path(__file__).parents[2]
-GUEST_EPOCHS, NATIVE_EPOCHS, NATIVE_PAIRS = 3, 6, 8
+GUEST_EPOCHS, NATIVE_EPOCHS, NR_PAIRS = 3, 6, 8
 GUEST_BACKENDS = {
     "6.12-stock": "soft-dirty,barrier-soft-dirty,uffd-wp",
     "6.12-precise": "precise-soft-dirty",
@@ -36,7 +37,7 @@ TIME_IS_UP = 124
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WORKLOADS)}")
-    parser.add_argument("--where", default=f"{NATIVE},6.12-stock,6.12-precise")
+    parser.add_argument("--where", default=f"{NATIVE},{COST},6.12-stock,6.12-precise")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--guest-timeout", type=int, default=1800, metavar="SECONDS", help="for one program")
     parser.add_argument("--records", type=Path, default=RECORDS, help="the records that are kept")
@@ -48,7 +49,7 @@ def main() -> int:
     if unknown := set(names) - set(WORKLOADS):
         parser.error(f"no such program: {', '.join(sorted(unknown))}")
     places = args.where.split(",")
-    if unknown := set(places) - {NATIVE, *GUEST_BACKENDS}:
+    if unknown := set(places) - {NATIVE, COST, *GUEST_BACKENDS}:
         parser.error(f"no such place: {', '.join(sorted(unknown))}")
     failed = []
     if not args.render_only:
@@ -75,7 +76,7 @@ def _keep(where: str, name: str, full: Path, kept: Path, timeout_s: int) -> bool
         full.parent.mkdir(parents=True, exist_ok=True)
         status = _measure(where, name, full, timeout_s)
         part = full.with_suffix(".part")
-        if status == TIME_IS_UP and where != NATIVE and part.exists():
+        if status == TIME_IS_UP and where in GUEST_BACKENDS and part.exists():
             why = f"the emulated machine was given {timeout_s / 60:.0f} minutes, which did not do"
             compact.write(compact.cut_short(part, why), kept)
             return True
@@ -86,8 +87,8 @@ def _keep(where: str, name: str, full: Path, kept: Path, timeout_s: int) -> bool
 
 def _measure(where: str, name: str, out: Path, timeout_s: int) -> int:
     words = [sys.executable, "-m", "benchmarks.study.measure", name, str(out)]
-    if where == NATIVE:
-        words += ["--epochs", str(NATIVE_EPOCHS), "--pairs", str(NATIVE_PAIRS)]
+    if where in (NATIVE, COST):
+        words += ["--epochs", str(NATIVE_EPOCHS)] if where == NATIVE else ["--pairs", str(NR_PAIRS)]
         return subprocess.run(words, cwd=ROOT, check=False).returncode
     guest = [sys.executable, "-m", "vmtest", "run", where, "--timeout", str(timeout_s)]
     inside = ["env", "STUDY_SMALL=1", *words, "--epochs", str(GUEST_EPOCHS)]

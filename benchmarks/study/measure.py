@@ -4,9 +4,10 @@
     python -m benchmarks.study.measure NAME OUT [--epochs N] [--interval-ms N] [--backends LIST] [--pairs N]
 
 Every run gets the program started afresh, so that runs are equal.  With --pairs, what tracking costs the program is
-measured after its run: intervals without tracking and with it take turns, N times, each a record of type "pair" with
-the program's own throughput, `untracked` and `tracked`, a second.  Exit status 3: this machine lacks something, which
-is written to OUT as a record of one line, so that nobody tries again.
+measured instead: intervals without tracking and with it take turns, N times, each a record of type "pair" with the
+program's own throughput, `untracked` and `tracked`, a second, behind one of type "cost" that tells of the machine.
+Exit status 3: this machine lacks something, which is written to OUT as a record of one line, so that nobody tries
+again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from benchmarks.study.workloads import WORKLOADS, Probe, Skipped
 from checkpointd import features
 from checkpointd.errors import CheckpointError, TargetGone
 from checkpointd.measure.engine import MeasureOptions, measure
-from checkpointd.measure.plan import plan_runs
+from checkpointd.measure.plan import PASSIVE, plan_runs
 from checkpointd.procfs import clear_refs
 from checkpointd.report import record
 
@@ -80,28 +81,33 @@ def pairs(pid: int, options: MeasureOptions, probe: Probe, number: int) -> Itera
     """The program's throughput without and with tracking, intervals taking turns.
 
     Load of others changes by the second: a tracked interval is held against the mean of the untracked ones before and
-    after it.  Each begins when what came before it (a freeze, a process of ours) is over and the program has caught up.
+    after it.  Both are epochs of a measurement, the untracked one with nothing but reads, so that what goes before
+    and after is the same.
 
     Yields fewer than asked for when the program ends or does not answer the probe.
     """
-    tracked: list[float] = []
+    rates: list[float] = []
 
-    def rate() -> float:
+    def interval(_: int) -> None:
         time.sleep(SETTLING_S)
         before, begun = probe(), time.monotonic()
         time.sleep(options.interval_us / 1e6)
         after, ended = probe(), time.monotonic()
-        return (after - before) / (ended - begun)
+        rates.append((after - before) / (ended - begun))
 
+    def rate(wanted: MeasureOptions) -> float:
+        # nothing of this goes into the record: these are other intervals than those before
+        measure(pid, replace(wanted, epochs=1), lambda _: None, between=interval)
+        return rates[-1]
+
+    untracked = replace(options, backends=(PASSIVE,), run=0)
     try:
-        before = rate()
+        before = rate(untracked)
         for pair in range(number):
-            # nothing of this goes into the record: it would be other intervals than those before
-            measure(pid, replace(options, epochs=1), lambda _: None, between=lambda _: tracked.append(rate()))
-            after = rate()
+            tracked, after = rate(options), rate(untracked)
             yield {
                 **{"type": "pair", "run": options.run, "pair": pair, "load": os.getloadavg()[0]},
-                **{"untracked": (before + after) / 2, "tracked": tracked[-1]},
+                **{"untracked": (before + after) / 2, "tracked": tracked},
             }
             before = after
     except (TargetGone, OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
@@ -137,10 +143,14 @@ def main() -> int:
             )
             with tempfile.TemporaryDirectory(prefix="study-") as name:
                 with workload.run(Path(name)) as (pid, probe):
-                    measure(pid, options, recorder.emit)
-                    if probe is not None and args.pairs:
-                        for found in pairs(pid, options, probe, args.pairs):
-                            recorder.write(found)
+                    if not args.pairs:
+                        measure(pid, options, recorder.emit)
+                        continue
+                    if probe is None:
+                        raise Skipped("it cannot tell how much it has done")
+                    recorder.write({"type": "cost", "nr_cpus": os.cpu_count()})
+                    for found in pairs(pid, options, probe, args.pairs):
+                        recorder.write(found)
                 os.chdir("/")
         recorder.write({"type": "end", "reason": "done"})
     except Skipped as error:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from benchmarks.study.answer import answer
 from benchmarks.study.seen import (
+    CALM,
+    COST,
     NATIVE,
     Cost,
     Study,
@@ -186,7 +188,8 @@ def _cost(study: Study) -> Iterator[str]:
             cell(study.spread(NATIVE, name, UFFD_WP, lambda s: float(s.run.first_vmas)), count),
             cell(study.spread(NATIVE, name, UFFD_WP, most_vmas), count),
         )
-        rows.append((name, *vmas, *_cost_cells(cost)))
+        why = study.lacking.get(COST, {}).get(name, "not measured in calm")
+        rows.append((name, *vmas, *(_cost_cells(cost) if cost else (why,))))
     yield "What tracking by uffd-wp costs the program while it runs, freezes left out:"
     yield ""
     heads = ("program", "VMAs when armed", "VMAs at most")
@@ -196,21 +199,24 @@ def _cost(study: Study) -> Iterator[str]:
     known = [cost for cost in costs.values() if cost is not None]
     if known:
         low, high = min(cost.load[0] for cost in known), max(cost.load[1] for cost in known)
-        cpus = max(header.get("nr_cpus", 1) for header in study.headers)
         yield (
-            "Throughput is the program's own; intervals without and with tracking took turns, and each tracked "
-            "one is held against the mean of its two neighbours: medians, and where the middle half of these "
-            f"pairs lies. It was taken on a busy machine (a load of {low:.1f} to {high:.1f} on {cpus} processors, "
-            "the programs' own in it): where that half spans 0, the loss is less than the noise. Programs that "
-            "pause between their steps (sqlite, numpy, malloc-*, pattern-*) have time to spare and show less than "
-            "they pay."
+            "Throughput is the program's own; intervals without and with tracking took turns, each in an epoch of a "
+            "measurement, and each tracked one is held against the mean of its two neighbours: medians, and where the "
+            f"middle half of these pairs lies. The machine had other work too (a load of {low:.1f} to {high:.1f}, the "
+            "programs' own in it): where that half spans 0, the loss is less than the noise. Programs that pause "
+            "between their steps (sqlite, numpy, malloc-*, pattern-*) have time to spare and show less than they pay."
+        )
+        yield ""
+    if study.nr_too_busy or not known:
+        yield (
+            (f"{study.nr_too_busy} pairs are left out" if study.nr_too_busy else "Throughput is not shown")
+            + f": it was not measured while the machine had a load of at most {CALM:.0f} for each processor, and "
+            "rates taken above that tell more about others than about tracking."
         )
         yield ""
 
 
-def _cost_cells(cost: Cost | None) -> tuple[str, ...]:
-    if cost is None:
-        return ("it cannot tell", MISSING, MISSING, MISSING)
+def _cost_cells(cost: Cost) -> tuple[str, ...]:
     middle = f"{percent(cost.low)} to {percent(cost.high)}"
     return (count(cost.untracked), percent(cost.lost), middle, str(cost.nr_pairs))
 

@@ -20,7 +20,10 @@ from checkpointd.report.record import Measurement
 from checkpointd.report.summary import BackendSummary, RunSummary, Spread, summarise
 
 NATIVE = "native"
+COST = "cost"
 RECORDS = Path(__file__).parent / "records"
+CALM = 2.0
+"""Load for each processor above which throughput says more of others than of tracking."""
 
 Value = Callable[["Seen"], float | None]
 
@@ -67,14 +70,16 @@ class Study:
         self.kernels: dict[str, str] = {}
         self.headers: list[record.Record] = []
         self._pairs: dict[str, list[record.Record]] = defaultdict(list)
+        self.nr_too_busy = 0
         for path in sorted(directory.glob(f"*/*{compact.SUFFIX}")):
             where, name = path.parent.name, path.name.removesuffix(compact.SUFFIX).rsplit("-", 1)[0]
             found = compact.read(path)
             if found[0]["type"] == "lacking":
                 self.lacking[where][name] = found[0]["why"]
                 continue
-            if where == NATIVE:
-                self._pairs[name] += [line for line in found if line["type"] == "pair"]
+            if where == COST:
+                self._pair(name, found)
+                continue
             self._add(where, name, record.parse(map(json.dumps, found), str(path)))
         self.places = sorted(self.seen, key=lambda where: (where != NATIVE, where))
 
@@ -89,6 +94,12 @@ class Study:
         backends = self.seen.setdefault(where, {}).setdefault(name, defaultdict(list))
         for backend in summary.backends:
             backends[backend.name].append(Seen(backend, runs[backend.run], records[backend.run]))
+
+    def _pair(self, name: str, found: list[record.Record]) -> None:
+        pairs = [line for line in found if line["type"] == "pair"]
+        calm = [pair for pair in pairs if pair["load"] <= CALM * found[0]["nr_cpus"]]
+        self._pairs[name] += calm
+        self.nr_too_busy += len(pairs) - len(calm)
 
     def spread(self, where: str, name: str, backend: str, value: Value) -> Spread | None:
         return Spread.of(value(seen) for seen in self.seen.get(where, {}).get(name, {}).get(backend, ()))
@@ -110,7 +121,7 @@ class Study:
         return self.lacking.get(where, {}).get(name, "no time for it yet")
 
     def cost(self, name: str) -> Cost | None:
-        """What tracking took from a program natively; None if it cannot tell how much it does."""
+        """What tracking took from a program natively; None if it cannot tell, or was never asked in calm."""
         pairs = [pair for pair in self._pairs[name] if pair["untracked"] > 0]
         if not pairs:
             return None

@@ -15,9 +15,9 @@ LINES = (Path(__file__).parents[1] / "data" / "measurement-v1.jsonl").read_text(
 RECORDS = [json.loads(text) for text in LINES]
 
 
-def keep(directory, where, name, repeat, change=lambda found: found, extra=None):
+def keep(directory, where, name, repeat, change=lambda found: found):
     lines = [change(dict(found)) for found in RECORDS]
-    compact.write(lines if extra is None else [*lines, *extra], path_of(directory, where, name, repeat))
+    compact.write(lines, path_of(directory, where, name, repeat))
 
 
 def path_of(directory, where, name, repeat=1):
@@ -60,22 +60,25 @@ def pair(untracked, tracked, load=0.5):
     return {"type": "pair", "run": 0, "pair": 0, "load": load, "untracked": untracked, "tracked": tracked}
 
 
+def keep_cost(directory, name, *pairs):
+    compact.write([{"type": "cost", "nr_cpus": 2}, *pairs], path_of(directory, "cost", name))
+
+
 def test_throughput_is_the_median_of_pairs_and_noise_is_called_so(tmp_path):
-    keep(
-        tmp_path,
-        "native",
-        "redis",
-        1,
-        extra=[pair(1000, 900), pair(2000, 1700), pair(50, 40), pair(500, 400)],
-    )
-    keep(tmp_path, "native", "nginx", 1, extra=[pair(100, 110, 4.25), pair(100, 80), pair(100, 99)])
-    keep(tmp_path, "native", "gcc", 1)
+    for name in ("redis", "nginx", "gcc", "xz"):
+        keep(tmp_path, "native", name, 1)
+    assert "Throughput is not shown" in render(tmp_path)
+    keep_cost(tmp_path, "redis", pair(1000, 900), pair(2000, 1700), pair(50, 40), pair(500, 400))
+    keep_cost(tmp_path, "nginx", pair(100, 110, 3.75), pair(100, 80), pair(100, 99), pair(100, 1, load=4.1))
+    keep_cost(tmp_path, "xz", pair(100, 1, load=4.1))
+    compact.write([{"type": "lacking", "why": "it cannot tell"}], path_of(tmp_path, "cost", "gcc"))
     text = render(tmp_path)
     # lost: 10, 15, 20 and 20 of a hundred
     assert "| 750 | 18 % | 15 % to 20 % | 4 |" in row(text, "| redis |")
     assert "| 1.0 % | -10 % to 20 % | 3 |" in row(text, "| nginx |")
-    assert "it cannot tell" in row(text, "| gcc |")
-    assert "a load of 0.5 to 4.2 on" in text
+    assert "| it cannot tell |" in row(text, "| gcc |")
+    assert "| not measured in calm |" in row(text, "| xz |")
+    assert "a load of 0.5 to 3.8, " in text and "2 pairs are left out" in text
     assert "freezes left out): redis 18 %; within the noise: nginx." in text
 
 
