@@ -54,6 +54,7 @@ from checkpointd.state.process import ImageState, ProcessState
 from checkpointd.state.threads import Credentials
 from checkpointd.target.registers import UserRegs
 from checkpointd.target.remote import Call
+from checkpointd.target.restartable import Switches, read_switches
 from checkpointd.target.threads import RememberedSleep, SleepMemory
 from checkpointd.tracepoint import hit
 
@@ -152,6 +153,7 @@ class _Restorer:
         self.objects = Objects(self.space, self.opener, opened_for_writing)
         self.boot_id = process.boot_id()
         self.held: dict[int, Runs] = {}  # of pools of huge pages
+        self.switches: dict[int, Switches] = {}  # of each thread when it was let go
         self._phase_started_ns = time.monotonic_ns()
 
     # ---- conducting
@@ -468,6 +470,7 @@ class _Restorer:
             os.kill(stub.pid, signals_of_python.SIGSTOP)
         hit("restore.releasing")
         for tid in sorted(finals, key=lambda one: one == stub.pid):  # the leader last
+            self.switches[tid] = Switches(None, read_switches(stub.pid, tid))
             with contextlib.suppress(ProcessLookupError):
                 ptrace.detach(tid)
         self._mark("release")
@@ -486,7 +489,9 @@ class _Restorer:
             if sleep is not None and not sleep.lost:
                 deadline = None if sleep.remaining_ns is None else now_ns + sleep.remaining_ns
                 rip = UserRegs.from_bytes(thread.regs).rip
-                found.sleeps[tids[thread.tid]] = RememberedSleep(sleep.nr, sleep.args, rip, deadline)
+                tid = tids[thread.tid]
+                switches = self.switches.get(tid)
+                found.sleeps[tid] = RememberedSleep(sleep.nr, sleep.args, rip, deadline, switches)
         return found
 
 

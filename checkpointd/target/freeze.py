@@ -41,9 +41,9 @@ from checkpointd.procfs import maps, process
 from checkpointd.target import attachable, restartable, undertaker
 from checkpointd.target.fork import ForkedCopy, fork_copy, reap_copy
 from checkpointd.target.inject import Injection, NotHomeError, injection
-from checkpointd.target.registers import CS_64BIT, UserRegs
+from checkpointd.target.registers import CS_64BIT, ERESTART_RESTARTBLOCK, UserRegs
 from checkpointd.target.release import release
-from checkpointd.target.restartable import BlockedCall
+from checkpointd.target.restartable import BlockedCall, Switches, read_switches
 from checkpointd.target.restartable_sequence import abort_critical_section
 from checkpointd.target.slot import SLOT_SIZE, LeftBehind, SlotPlace, exe_identity, find_places, is_go_program
 from checkpointd.tracepoint import hit
@@ -71,6 +71,7 @@ class FrozenThread:
         group_stopped: SIGSTOP or the like holds it besides us.
         rseq: its rseq registration.
         blocked: the call it was found asleep in just before the freeze, with the time slept.
+        switches: of a thread that will go on with restart_syscall.
     """
 
     tid: int
@@ -79,6 +80,7 @@ class FrozenThread:
     group_stopped: bool
     rseq: RseqConfig | None
     blocked: BlockedCall | None = None
+    switches: Switches | None = None
 
 
 @dataclass
@@ -234,6 +236,7 @@ class Frozen:
             if tid not in self._held:
                 continue
             try:
+                self._note_switches(tid)
                 if not release(self.pid, tid, time.monotonic() + _LINGER_S):
                     stragglers.append(tid)
                 del self._held[tid]
@@ -248,6 +251,12 @@ class Frozen:
             raise failure
         if stragglers:
             raise _still_attached(self.pid, stragglers)
+
+    def _note_switches(self, tid: int) -> None:
+        """Those of the injection are among them, and none is to come before the thread runs."""
+        thread = self.threads.get(tid)
+        if thread is not None and thread.switches is not None:
+            thread.switches.at_release = read_switches(self.pid, tid)
 
     def __del__(self) -> None:
         # an exception between the return of `freeze` and the `with` that wanted it
@@ -517,4 +526,8 @@ def _read_threads(frozen: Frozen, blocked: dict[int, BlockedCall]) -> None:
         if changed:
             ptrace.set_regs(tid, regs.to_bytes())
             hit("freeze.registers_fixed")
-        frozen.threads[tid] = FrozenThread(tid, regs, ptrace.get_sigmask(tid), group_stopped, rseq, asleep)
+        switches = None
+        if regs.syscall_nr >= 0 and regs.result == -ERESTART_RESTARTBLOCK:
+            switches = Switches(read_switches(frozen.pid, tid))
+        sigmask = ptrace.get_sigmask(tid)
+        frozen.threads[tid] = FrozenThread(tid, regs, sigmask, group_stopped, rseq, asleep, switches)

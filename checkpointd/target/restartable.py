@@ -71,6 +71,41 @@ class BlockedCall:
     confirmed: bool | None = None
 
 
+@dataclass(slots=True)
+class Switches:
+    """Voluntary context switches of a thread whose call goes on as restart_syscall: do they tell of another sleep?
+
+    Attributes:
+        at_stop: so far when the freeze had stopped it, before anything was injected.
+        at_release: when it was let go; None: it was not yet, or the kernel did not tell.
+    """
+
+    at_stop: int | None
+    at_release: int | None = None
+
+    def since(self, earlier: Switches | None) -> int | None:
+        """How many from that release to this stop, which is one of them; None: not known.
+
+        1: it has not slept in between (it got no CPU).  2: it slept once.  More: it slept, was woken and slept again,
+        in the same call (somebody else stopped it) or in a new one.
+        """
+        if earlier is None or earlier.at_release is None or self.at_stop is None:
+            return None
+        return self.at_stop - earlier.at_release
+
+
+_VOLUNTARY = re.compile(rb"^voluntary_ctxt_switches:\s*([0-9]+)$", re.MULTILINE)
+
+
+def read_switches(pid: int, tid: int) -> int | None:
+    """Voluntary context switches of a thread so far (/proc/PID/task/TID/status)."""
+    try:
+        found = _VOLUNTARY.search(_slurp(f"/proc/{pid}/task/{tid}/status"))
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
 def parse_syscall(text: str) -> tuple[int, tuple[int, ...]] | None:
     """/proc/PID/task/TID/syscall: number and arguments; None when not blocked in one."""
     parts = text.split()

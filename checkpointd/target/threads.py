@@ -31,14 +31,14 @@ from checkpointd.state.threads import AltStack, Credentials, Rseq, Scheduling, S
 from checkpointd.target.freeze import Frozen, FrozenThread
 from checkpointd.target.registers import ERESTART_RESTARTBLOCK
 from checkpointd.target.remote import Call, Remote
-from checkpointd.target.restartable import same_sleep
+from checkpointd.target.restartable import Switches, same_sleep
 
 _FUTEX_CMD_MASK = 0x7F
 _FUTEX_WAIT = 0
 _NS_PER_MS = 1_000_000
 _NO_TIMEOUT = 1 << 31
 _CLEAR_AT, _DEATH_AT, _ANSWERS_BYTES = 24, 32, 40  # behind a stack_t
-_LONG_OVER_NS = 50 * _NS_PER_MS
+_LATE_NS = 50 * _NS_PER_MS
 _MAX_CLOCK = 16  # clock ids are small, pointers are not
 
 Args = tuple[int, int, int, int, int, int]
@@ -52,19 +52,30 @@ class RememberedSleep:
         nr, args: the call.
         rip: where the thread goes on behind it.
         deadline_ns: when it ends (CLOCK_MONOTONIC); None: its timeout is absolute.
+        switches: of the freeze that saw it last.
     """
 
     nr: int
     args: Args
     rip: int
     deadline_ns: int | None
+    switches: Switches | None = None
 
-    def left_ns(self, now_ns: int) -> int | None:
-        """What is left of it; None: it should be long over, so this may be a later sleep in the same place.
+    def left_ns(self, now_ns: int, switches: Switches | None) -> int | None:
+        """What is left of it; None: this may be a later sleep in the same place.
 
-        A thread that got no CPU since it was let go still stands in the old one.  Nobody can tell the two apart.
+        A first stop by us shows the call itself, so a later sleep was stopped by somebody else before; then the thread
+        slept twice at least since we let it go.  So it did in the old one if somebody else stopped that: nobody can
+        tell the two apart.
+
+        Args:
+            switches: of the freeze that asks.
         """
-        if self.deadline_ns is None or self.deadline_ns < now_ns - _LONG_OVER_NS:
+        nr_switches = switches.since(self.switches) if switches is not None else None
+        if self.deadline_ns is None or nr_switches is None or nr_switches > 2:
+            return None
+        # it slept, and is in the call still, long after its end: no old sleep does that
+        if nr_switches == 2 and self.deadline_ns < now_ns - _LATE_NS:
             return None
         return max(0, self.deadline_ns - now_ns)
 
@@ -269,7 +280,8 @@ def _sleep_of(
         known = memory.recall(tid, args, regs.rip)
         if known is not None and known.deadline_ns is None:
             return Sleep(known.nr, args, None)
-        if known is not None and (left := known.left_ns(now_ns)) is not None:
+        if known is not None and (left := known.left_ns(now_ns, thread.switches)) is not None:
+            memory.sleeps[tid] = dataclasses.replace(known, switches=thread.switches)
             return Sleep(known.nr, args, left)
         if known is not None:
             nr = known.nr
@@ -290,7 +302,8 @@ def _sleep_of(
     if left is None and not is_absolute:
         warnings.append(f"thread {tid}: how long it has slept is not known, its sleep starts anew at restore")
     else:
-        memory.sleeps[tid] = RememberedSleep(nr, args, regs.rip, None if left is None else now_ns + left)
+        deadline_ns = None if left is None else now_ns + left
+        memory.sleeps[tid] = RememberedSleep(nr, args, regs.rip, deadline_ns, thread.switches)
     return Sleep(nr, args, left)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpointd.errors import Unsupported
 from tests.programs.restore_harness import capture, kill_and_reap, restore
 
 pytestmark = pytest.mark.needs("root", "ptrace", "set_tid")
@@ -62,3 +63,31 @@ def test_root_and_directory_within_it_come_back(tmp_path: Path) -> None:
         wait_more()
     finally:
         kill_and_reap(child.pid if child.poll() is not None else child)
+
+
+BOUND = """
+import os, socket, sys, time
+os.chroot(sys.argv[1])
+server = socket.socket(socket.AF_UNIX)
+server.bind("/bound")
+server.listen()
+os.mkdir("/done")
+time.sleep(1000)
+"""
+
+
+def test_a_socket_bound_within_it_is_refused_and_the_process_goes_on(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", BOUND, tmp_path],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "done").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(Unsupported, match=r"a UNIX socket is bound to /bound within the root directory"):
+            capture(child.pid)
+        assert Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+    finally:
+        kill_and_reap(child)

@@ -27,6 +27,7 @@ from checkpointd.target.freeze import Frozen, FrozenThread
 from checkpointd.target.process import _feature_blockers, parse_limits, vma_blockers
 from checkpointd.target.registers import UserRegs, word
 from checkpointd.target.remote import Call
+from checkpointd.target.restartable import Switches
 from checkpointd.target.signals import parse_timers
 from checkpointd.target.threads import RememberedSleep, SleepMemory, _sleep_of, note_sleeps
 
@@ -194,11 +195,24 @@ def test_sleep_is_recalled_only_in_the_same_place_of_the_program() -> None:
     assert not memory.sleeps
 
 
-def test_what_is_left_of_a_sleep_is_not_guessed_once_it_should_be_over() -> None:
-    sleep = RememberedSleep(35, (1, 2, 3, 4, 5, 6), 0x1000, 10_000_000_000)
-    assert sleep.left_ns(9_000_000_000) == 1_000_000_000
-    assert sleep.left_ns(10_010_000_000) == 0
-    assert sleep.left_ns(11_000_000_000) is None
+@pytest.mark.parametrize(
+    ("nr_switches", "now_s", "left_ns"),
+    [
+        (2, 9, 1_000_000_000),  # it slept on
+        (2, 10.01, 0),
+        (2, 11, None),  # a sleep that was over, and another one
+        (1, 11, 0),  # it got no CPU since it was let go
+        (3, 9, None),  # somebody else stopped it: in this sleep or in a later one
+        (None, 9, None),
+    ],
+)
+def test_what_is_left_of_a_sleep_is_not_guessed(
+    nr_switches: int | None, now_s: float, left_ns: int | None
+) -> None:
+    before = Switches(at_stop=90, at_release=None if nr_switches is None else 100)
+    sleep = RememberedSleep(35, (1, 2, 3, 4, 5, 6), 0x1000, 10_000_000_000, before)
+    now = Switches(at_stop=100 + (nr_switches or 0))
+    assert sleep.left_ns(int(now_s * 1e9), now) == left_ns
 
 
 @dataclass
@@ -210,6 +224,7 @@ class StarvedThread:
     tid: int = 7
     frozen_at_ns: int = 11_000_000_000
     blocked: None = None
+    switches: Switches | None = None
     threads: dict[int, StarvedThread] = field(default_factory=dict)
 
     @property
@@ -238,13 +253,30 @@ def test_thread_that_got_no_cpu_since_the_last_freeze_still_sleeps_in_its_call()
     regs = UserRegs.from_bytes(bytes(27 * 8))
     regs.orig_rax, regs.rax, regs.rip = int(Nr.RESTART_SYSCALL), word(-516), 0x1000
     regs.rdx = 0x5000
-    memory = SleepMemory({7: RememberedSleep(int(Nr.CLOCK_NANOSLEEP), args, 0x1000, 10_000_000_000)})
-    starved, warnings = StarvedThread(regs), list[str]()
+    call = int(Nr.CLOCK_NANOSLEEP)
+    memory = SleepMemory({7: RememberedSleep(call, args, 0x1000, 10_000_000_000, Switches(90, 100))})
+    starved, warnings = StarvedThread(regs, switches=Switches(101)), list[str]()
     sleep = _sleep_of(cast(Frozen, starved), cast(FrozenThread, starved), memory, None, warnings)
     assert sleep is not None
-    assert (sleep.nr, sleep.args, sleep.lost) == (Nr.CLOCK_NANOSLEEP, args, False)
-    assert sleep.remaining_ns is None  # starts anew: late, never early
-    assert "starts anew" in warnings[0]
+    assert (sleep.nr, sleep.args, sleep.lost, sleep.remaining_ns) == (call, args, False, 0)
+    assert warnings == []
+    assert memory.sleeps[7].switches == starved.switches
+
+
+def test_sleep_that_may_be_a_later_one_starts_anew() -> None:
+    args = (0, 0, 0x5000, 0, 0, 0)
+    regs = UserRegs.from_bytes(bytes(27 * 8))
+    regs.orig_rax, regs.rax, regs.rip = int(Nr.RESTART_SYSCALL), word(-516), 0x1000
+    regs.rdx = 0x5000
+    call = int(Nr.CLOCK_NANOSLEEP)
+    memory = SleepMemory({7: RememberedSleep(call, args, 0x1000, 20_000_000_000, Switches(90, 100))})
+    stopped, warnings = StarvedThread(regs, switches=Switches(104)), list[str]()
+    for _ in range(2):
+        sleep = _sleep_of(cast(Frozen, stopped), cast(FrozenThread, stopped), memory, None, warnings)
+        assert sleep is not None
+        assert (sleep.nr, sleep.args, sleep.lost, sleep.remaining_ns) == (call, args, False, None)
+        assert "starts anew" in warnings[0]
+        stopped.switches = Switches(106)
 
 
 @pytest.mark.parametrize(

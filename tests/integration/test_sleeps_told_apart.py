@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sleep a thread is in, when the kernel shows restart_syscall and not the call: never less than what is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from checkpointd.linux.arch import Nr
+from checkpointd.target.freeze import freeze
+from checkpointd.target.process import SleepMemory
+from checkpointd.target.threads import note_sleeps
+from tests.programs.restore_harness import capture, kill_and_reap, restore
+
+TIMEOUT_S = 20
+INEXACT_S = 0.002
+"""poll(2) counts milliseconds."""
+PROGRAM = f"""
+#include <poll.h>
+#include <unistd.h>
+int main(void)
+{{
+	struct pollfd in = {{ .fd = 0, .events = POLLIN }};
+	char byte;
+
+	for (;;) {{
+		poll(&in, 1, {TIMEOUT_S * 1000});
+		if (read(0, &byte, 1) != 1)
+			return 0;
+	}}
+}}
+"""
+
+
+def wait_for_call(pid: int) -> None:
+    """Until it is in poll, or in the rest of one."""
+    deadline = time.monotonic() + 20
+    calls = (f"{int(Nr.POLL)} ", f"{int(Nr.RESTART_SYSCALL)} ")
+    while not Path(f"/proc/{pid}/syscall").read_text().startswith(calls):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a dump found: seconds left, None where it would begin anew; and between which times (time.monotonic())."""
+
+    left_s: float | None
+    before: float
+    after: float
+
+    def is_early(self, end: float) -> bool:
+        """Would the sleep, restored, be over before its end?"""
+        return self.left_s is not None and self.left_s < end - self.after - INEXACT_S
+
+
+class Poller:
+    """A program that polls its standard input again and again, each time with the same arguments."""
+
+    def __init__(self, program: Path) -> None:
+        self.process = subprocess.Popen([program], stdin=subprocess.PIPE)
+        self.pid = self.process.pid
+        self.memory = SleepMemory()
+        self.wait_asleep()
+        self.wake()  # from its second on all its polls leave the same registers
+
+    def wait_asleep(self) -> None:
+        wait_for_call(self.pid)
+
+    def wake(self) -> float:
+        """Let it poll anew; when it was woken (time.monotonic())."""
+        assert self.process.stdin is not None
+        switches = self._switches()
+        at = time.monotonic()
+        os.write(self.process.stdin.fileno(), b"x")
+        while self._switches() == switches:
+            time.sleep(0.001)
+        self.wait_asleep()
+        return at
+
+    def stop_and_continue(self) -> None:
+        """As Ctrl-Z and fg do."""
+        os.kill(self.pid, signal.SIGSTOP)
+        while "T" not in self._stat():
+            time.sleep(0.001)
+        os.kill(self.pid, signal.SIGCONT)
+        self.wait_asleep()
+
+    def seen(self) -> Seen:
+        """What a dump takes its sleep for."""
+        before = time.monotonic()
+        captured = capture(self.pid, self.memory)
+        after = time.monotonic()
+        sleep = captured.state.process.threads[0].sleep
+        self.wait_asleep()
+        assert sleep is not None
+        assert (sleep.nr, sleep.lost) == (Nr.POLL, False)
+        return Seen(None if sleep.remaining_ns is None else sleep.remaining_ns / 1e9, before, after)
+
+    def _stat(self) -> str:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    def _switches(self) -> str:
+        text = Path(f"/proc/{self.pid}/status").read_text()
+        return next(line for line in text.splitlines() if line.startswith("voluntary_ctxt_switches"))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = tmp_path_factory.mktemp("poller") / "poller"
+    subprocess.run(["gcc", "-O2", "-x", "c", "-o", made, "-"], input=PROGRAM, text=True, check=True)
+    return made
+
+
+@pytest.fixture
+def poller(program: Path) -> Iterator[Poller]:
+    made = Poller(program)
+    yield made
+    made.close()
+
+
+def test_a_new_poll_that_somebody_else_stopped_is_not_taken_for_the_one_before(poller: Poller) -> None:
+    poller.seen()
+    time.sleep(1)
+    end = poller.wake() + TIMEOUT_S
+    for _ in range(2):
+        poller.stop_and_continue()
+        assert not poller.seen().is_early(end)
+
+
+def test_one_poll_gets_shorter_over_many_freezes(poller: Poller) -> None:
+    first = poller.seen()
+    assert first.left_s is not None
+    assert first.left_s <= TIMEOUT_S
+    for step in range(6):
+        time.sleep(0.2)
+        if step % 2:
+            with freeze(poller.pid) as frozen:  # as `track` and `untrack` do
+                note_sleeps(frozen, poller.memory)
+            poller.wait_asleep()
+        else:
+            found = poller.seen()
+            assert not found.is_early(first.before + first.left_s)
+            assert found.left_s is not None
+            assert found.left_s <= first.left_s - (found.before - first.after) + INEXACT_S
+
+
+def test_one_poll_that_somebody_else_stopped_is_late_rather_than_early(poller: Poller) -> None:
+    first = poller.seen()
+    assert first.left_s is not None
+    poller.stop_and_continue()
+    assert not poller.seen().is_early(first.before + first.left_s)
+
+
+SLEEPER = """
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <unistd.h>
+int main(int argc, char **argv)
+{
+	int out = open(argv[argc - 1], O_WRONLY | O_APPEND);
+
+	for (;;)
+		if (poll(0, 0, 1000000) < 0 && write(out, errno == EINTR ? "i" : "?", 1) != 1)
+			return 1;
+}
+"""
+
+
+@pytest.mark.needs("root", "set_tid")
+def test_sleep_of_which_nothing_is_known_ends_with_eintr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel shows restart_syscall alone, and without root not the stack either."""
+    program, out = tmp_path / "sleeper", tmp_path / "out"
+    subprocess.run(["gcc", "-x", "c", "-o", program, "-"], input=SLEEPER, text=True, check=True)
+    out.touch()
+    nothing = subprocess.DEVNULL
+    child = subprocess.Popen(
+        [program, out], stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+    )
+    restored = child.pid
+    try:
+        wait_for_call(child.pid)
+        capture(child.pid)
+        wait_for_call(child.pid)
+        monkeypatch.setattr("checkpointd.target.process.prepare_sleeps", lambda pid: {})
+        captured = capture(child.pid, kill=True)
+        kill_and_reap(child)
+        state = captured.state.process
+        assert state.threads[0].sleep is not None
+        assert state.threads[0].sleep.lost
+        assert any("would end with EINTR" in warning for warning in state.warnings)
+        assert out.read_text() == ""
+        restored = restore(captured).pid
+        wait_for_call(restored)
+        assert out.read_text() == "i"
+    finally:
+        kill_and_reap(restored if child.poll() is not None else child)
