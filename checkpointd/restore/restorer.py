@@ -46,7 +46,7 @@ from checkpointd.restore.fill import PageSource, fill
 from checkpointd.restore.objects import Objects, open_file
 from checkpointd.restore.plan import Step
 from checkpointd.restore.reopen import Opener
-from checkpointd.restore.spawn import ADDR_COMPAT_LAYOUT, Birth, has_time_offsets, spawn
+from checkpointd.restore.spawn import ADDR_COMPAT_LAYOUT, Birth, has_time_offsets, members_of, spawn
 from checkpointd.restore.stub import WORK_BYTES, StepFailedError, Stub
 from checkpointd.restore.surroundings import schedule, set_limits, set_program, set_surroundings
 from checkpointd.state.files import FilesOptions, SharedMemory
@@ -300,7 +300,7 @@ class _Restorer:
                 f"its process group {state.pgid} was another process's: it leads its own session"
             )
             return 0, False
-        if os.path.exists(f"/proc/{state.sid}") or _is_session_used(state.sid):
+        if os.path.exists(f"/proc/{state.sid}") or members_of(state.sid):
             self.warnings.append(
                 f"its session {state.sid} is another process's: it leads its own session now"
             )
@@ -493,16 +493,3 @@ class _Restorer:
                 switches = self.switches.get(tid)
                 found.sleeps[tid] = RememberedSleep(sleep.nr, sleep.args, rip, deadline, switches)
         return found
-
-
-def _is_session_used(sid: int) -> bool:
-    """Does a process belong to the session, though its leader is gone?"""
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                stat = process.read_stat(int(name))
-            except (OSError, ValueError):
-                continue
-            if sid in (stat.session, stat.pgrp):
-                return True
-    return False

@@ -119,22 +119,49 @@ def pid_in_use(pid: int) -> RestoreConflict:
     """Says who has it."""
     return RestoreConflict(
         f"pid {pid} is in use{holder_of(pid)}",
-        hint="end that process, or restore with --new-pid",
+        hint="end what has it, or restore with --new-pid",
         pid=pid,
     )
 
 
 def holder_of(pid: int) -> str:
+    """Who has an id, as the end of a sentence."""
     try:
         tgid = int(process.read_status(pid)["Tgid"])
         if process.read_stat(tgid).state in "ZX":
             return f" by process {tgid} ({process.comm(tgid)}), dead but not yet reaped by its parent"
-        # a command line may hold anything, line ends and escapes too
-        line = " ".join(" ".join(process.cmdline(tgid)).split())
-        words = "".join(filter(str.isprintable, line))[:60] or process.comm(tgid)
+        words = _words_of(tgid)
         return f" by process {tgid} ({words})" if tgid == pid else f" by a thread of process {tgid} ({words})"
     except (OSError, KeyError, ValueError):
-        return " as a process group or session"
+        members = members_of(pid)
+        if not members:
+            return " as a process group or session"
+        first = members[0]
+        more = f" and {len(members) - 1} more" if members[1:] else ""
+        return f" as the session or process group of process {first} ({_words_of(first)}){more}"
+
+
+def members_of(number: int) -> list[int]:
+    """The processes whose session or process group it is; its leader may be long gone."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                stat = process.read_stat(int(name))
+            except (OSError, ValueError):
+                continue
+            if number in (stat.session, stat.pgrp):
+                found.append(int(name))
+    return sorted(found)
+
+
+def _words_of(pid: int) -> str:
+    """The beginning of a command line, which may hold anything, line ends and escapes too."""
+    try:
+        line = " ".join(" ".join(process.cmdline(pid)).split())
+        return "".join(filter(str.isprintable, line))[:60] or process.comm(pid)
+    except (OSError, ValueError):
+        return "gone now"
 
 
 def is_dying(pid: int) -> bool:

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Children are not saved: a warning says so, and the process that comes back finds that it has none.
+
+Those that live on keep its pid taken, as that of their session: the refusal names them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpointd.errors import RestoreConflict
+from checkpointd.restore.restorer import RestoreOptions
+from tests.programs.restore_harness import capture, kill_and_reap, restore, wait_gone
+
+pytestmark = pytest.mark.needs("root", "ptrace", "set_tid")
+PROGRAM = """
+import os, sys, time
+child = os.fork()
+if child == 0:
+    time.sleep(600)
+    os._exit(0)
+while True:
+    try:
+        found = "running" if os.waitpid(child, os.WNOHANG) == (0, 0) else "ended"
+    except ChildProcessError:
+        found = "none"
+    with open(sys.argv[1] + ".new", "w") as file:
+        file.write(f"{child} {found}")
+    os.rename(sys.argv[1] + ".new", sys.argv[1])
+    time.sleep(0.01)
+"""
+
+
+def test_children_are_named_and_missing_afterwards(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+
+    def wait_for(answer: str) -> int:
+        deadline = time.monotonic() + 60
+        while True:
+            words = told.read_text().split() if told.exists() else []
+            if words[1:] == [answer]:
+                return int(words[0])
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, told],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    child = 0
+    try:
+        child = wait_for("running")
+        captured = capture(parent.pid, kill=True)
+        assert f"it has 1 child process(es) ({child}): they are not saved" in captured.state.process.warnings
+        kill_and_reap(parent)
+        assert Path(f"/proc/{child}").exists()  # nobody did anything to it
+        with pytest.raises(RestoreConflict, match=rf"as the session or process group of process {child} [(]"):
+            restore(captured, options=RestoreOptions(wait_for_ids_s=0.2))
+        os.kill(child, signal.SIGKILL)
+        wait_gone(child)
+        child = 0
+        restored = restore(captured)
+        assert any("child process(es)" in warning for warning in restored.warnings)
+        wait_for("none")
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+        kill_and_reap(parent.pid if parent.poll() is not None else parent)
