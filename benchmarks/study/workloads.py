@@ -99,7 +99,7 @@ def processes(directory: Path) -> Iterator[Processes]:
 def until(condition: Callable[[], Any], what: str) -> Any:
     give_up = time.monotonic() + PATIENCE_S
     while True:
-        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, struct.error):
             if found := condition():
                 return found
         if time.monotonic() > give_up:

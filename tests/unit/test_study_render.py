@@ -106,6 +106,7 @@ def test_a_guest_s_savings_and_losses_are_counted(tmp_path):
     keep(tmp_path, "6.12-precise", "sqlite", 1, as_backend("precise-soft-dirty", 0))
     text = render(tmp_path)
     assert "merged with a new one: sqlite 99 %" in text or "merged with a new one: sqlite 100 %" in text
+    assert "Of 1 programs measured with and without exact soft-dirty tracking, 1 gain: no pattern" in text
     judged = [found for found in RECORDS if found.get("backend") == "uffd-wp"]
     changed = sum(found["pages_changed"] for found in judged)
     over = sum(found["pages_over_reported"] for found in judged)
