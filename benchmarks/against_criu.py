@@ -4,9 +4,10 @@
     python -m benchmarks.against_criu [--cycles 5] [--backends auto,...] [--programs pattern,redis]
 
 CRIU runs `pre-dump --track-mem` once, then once a cycle with `--prev-images-dir`; we dump once, then incrementally.
-Each tool has a run of the program of its own, since both clear the same bits.  Pages of CRIU are those in its
-pages-*.img (a pre-dump holds memory alone), its bytes all files of the directory; ours are `pages_written` and
-`bytes_stored`, index and state included.  Counts and bytes, so an emulated machine will do; no time is taken.
+Each tool has a run of the program of its own, since both clear the same bits. Pages of CRIU are those in its
+pages-*.img (a pre-dump holds memory alone), its bytes all files of the directory, and besides what zstd (level 1, as
+we use it) makes of each of them; ours are `pages_written` and `bytes_stored`, index and state included. Counts and
+bytes, so an emulated machine will do; no time is taken.
 
 CRIU has to run here: the lab's 6.1 kernels with Debian's criu are known to work.  Exit status 2 when it does not.
 """
@@ -20,8 +21,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import zstandard
 
 from benchmarks.precision import running
 from checkpointd.dump.dump import DumpOptions, dumper
@@ -39,6 +42,7 @@ class Dump:
     pages: int
     nr_bytes: int
     note: str = ""
+    packed_bytes: int = 0  # of CRIU's files, each compressed
 
 
 class Criu:
@@ -81,7 +85,8 @@ class Criu:
             if path.name != "log" and path.is_file() and not path.is_symlink()
         ]
         pages = sum(path.stat().st_size for path in files if path.name.startswith("pages-")) // PAGE
-        return Dump(pages, sum(path.stat().st_size for path in files))
+        packed = sum(len(zstandard.compress(path.read_bytes(), 1)) for path in files)
+        return Dump(pages, sum(path.stat().st_size for path in files), packed_bytes=packed)
 
 
 class Ours:
@@ -194,7 +199,10 @@ def main() -> int:
         for program in args.programs.split(","):
             criu = Criu(root / f"criu-{program}")
             try:
-                print(line(program, "criu", series(program, criu.dump, args.cycles)), flush=True)
+                found = series(program, criu.dump, args.cycles)
+                print(line(program, "criu", found), flush=True)
+                packed = [replace(one, nr_bytes=one.packed_bytes) for one in found]
+                print(line(program, "criu, files packed by zstd", packed), flush=True)
             except (RuntimeError, OSError) as error:
                 failed = True
                 print(f"| {program} | criu | cannot: {error} |", flush=True)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact soft-dirty by the patch, by emulation and not at all, on the same traces, beside uffd-wp where it works.
 
-    python -m benchmarks.precision [--backends soft-dirty,barrier-soft-dirty,...] [--seeds 3] [--cycles 6]
+    python -m benchmarks.precision [--backends soft-dirty,barrier-soft-dirty,...] [--seeds 3] [--cycles 6] [--repeats 3]
 
 A trace is a list of commands for tests/programs/oracle_target.c: the pattern of the mailing-list thread (new memory
-beside old), a heap that grows, holes that are filled one by one, and seeds of the oracle's random generator.  Real
-programs, CPython and redis, do the same work in each run.  At every cycle the target is frozen, the tracker collects,
-and an independent reader reads all anonymous memory: *changed* differs from the cycle before, *missed* was called clean
-and changed (must be 0), *over* was called dirty and did not.  *kernel* is what the kernel's own bits said, of all
-private memory.  VMAs are those of the target at the end, *failed* the commands of the trace that failed; what fails
-under a tracker and not untracked is its side effect.
+beside old), a heap that grows, holes that are filled one by one, mappings moved over the seam between old and new,
+memory with a userfaultfd of the target's own, and seeds of the oracle's random generator. Real programs, CPython and
+redis, do the same work in each run. A figure is the median of the repeats, with the range where they differ. At every
+cycle the target is frozen, the tracker collects, and an independent reader reads all anonymous memory: *changed*
+differs from the cycle before, *missed* was called clean and changed (must be 0), *over* was called dirty and did not.
+*kernel* is what the kernel's own bits said, of all private memory. VMAs are those of the target at the end, *failed*
+the commands of the trace that failed; what fails under a tracker and not untracked is its side effect.
 
 Counts, so an emulated machine will do; the time to collect is printed for what it is worth.
 """
@@ -72,12 +73,25 @@ class Row:
     failed: int = 0
     collect_us: list[int] = field(default_factory=list)
 
-    def cells(self) -> list[object]:
-        median = int(np.median(self.collect_us)) if self.collect_us else 0
-        return [
-            self.trace, self.backend, self.changed, self.missed, self.over, self.kernel, self.nr_vmas, self.failed,
-            median,
-        ]  # fmt: skip
+    @property
+    def median_us(self) -> int:
+        return int(np.median(self.collect_us)) if self.collect_us else 0
+
+
+def cells(rows: Sequence[Row]) -> list[str]:
+    """One line of the table, of repeated runs."""
+    figures = ("changed", "missed", "over", "kernel", "nr_vmas", "failed", "median_us")
+    return [
+        rows[0].trace,
+        rows[0].backend,
+        *(_spread([getattr(row, name) for row in rows]) for name in figures),
+    ]
+
+
+def _spread(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    median = str(int(np.median(values)))
+    return median if low == high else f"{median} ({low} to {high})"
 
 
 class Observer:
@@ -176,6 +190,38 @@ def trace_holes(cycles: int) -> list[str]:
     return lines
 
 
+def trace_seam(cycles: int) -> list[str]:
+    """New memory behind old, then both moved together: one mapping for the program, maybe two for the kernel."""
+    lines = ["map 0 anon 0 12", "write 0 fill 0 12 100", "freeze"]
+    for n in range(cycles):
+        k = n % 18 + 1
+        lines += [
+            "unmap 0 part 6 6",
+            f"over {k} anon 6 6 0 0",
+            f"write {k} fill 0 6 {n}",
+            "remap 0 move 0 0",
+            "freeze",
+        ]
+    return lines
+
+
+def trace_own_userfaultfd(cycles: int) -> list[str]:
+    """The target watches some of its memory itself; there is new memory behind it and behind what it does not watch."""
+    lines = [line for slot in (0, 1) for line in (f"map {slot} anon 0 30", f"write {slot} fill 0 30 100")]
+    lines += [f"unmap {slot} part 15 15" for slot in (0, 1)]
+    lines += ["uffd 1 on 0 1 0", "freeze"]
+    for n in range(cycles):
+        for slot in (0, 1):
+            k, at = 2 + (2 * n + slot) % 16, 15 + 2 * n
+            lines += [
+                f"write {slot} byte {2 * n} 1 {n}",
+                f"over {k} anon {at} 2 0 {slot}",
+                f"write {k} fill 0 2 {n}",
+            ]
+        lines += ["freeze"]
+    return [*lines, "uffd 1 off 0 1 0"]
+
+
 def play(name: str, lines: Sequence[str], backend: str) -> Row:
     """One trace under one backend; "" is untracked and only counts failures."""
     row = Row(name, backend)
@@ -260,6 +306,7 @@ def main() -> int:
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--seeds", type=int, default=3, help="histories of the random generator")
     parser.add_argument("--cycles", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each trace and program")
     parser.add_argument("--without", default="", help="leave these out: traces, random, python, redis")
     args = parser.parse_args()
     left_out = set(args.without.split(","))
@@ -269,8 +316,8 @@ def main() -> int:
         jobs.append((name, lambda backend: play(name, lines, backend)))
 
     if "traces" not in left_out:
-        for make in (trace_neighbour, trace_heap, trace_holes):
-            add(make.__name__.removeprefix("trace_"), make(args.cycles))
+        for make in (trace_neighbour, trace_heap, trace_holes, trace_seam, trace_own_userfaultfd):
+            add(make.__name__.removeprefix("trace_").replace("_", " "), make(args.cycles))
     if "random" not in left_out:
         for seed in range(1, args.seeds + 1):
             lines = history.generate(seed, nr_freezes=args.cycles, ops_per_freeze=30)
@@ -292,12 +339,12 @@ def main() -> int:
             print(f"| {name} | untracked | | | | | | {untracked.failed} | |", flush=True)
         for backend in args.backends.split(","):
             try:
-                row = job(backend)
+                rows = [job(backend) for _ in range(args.repeats)]
             except CheckpointError as error:
                 print(f"| {name} | {backend} | {error.message} |", flush=True)
                 continue
-            missed += row.missed
-            print("| " + " | ".join(str(cell) for cell in row.cells()) + " |", flush=True)
+            missed += sum(row.missed for row in rows)
+            print("| " + " | ".join(cells(rows)) + " |", flush=True)
     return int(missed > 0)
 
 
