@@ -5,8 +5,8 @@
 
 A record that is in benchmarks/study/records is not made again; remove one to have it made again.  The full records,
 which `checkpoint report` shows with all mappings, stay under build/study.  The place "cost" is what tracking costs
-programs natively: best measured while the machine does nothing else.  In guests (emulated, so seconds mean
-nothing there) the data is smaller and there is one program a guest.
+programs natively: their throughput counts only where the machine has little else to do.  In guests (emulated, so
+seconds mean nothing there) the data is smaller and there is one program a guest.
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ def _keep(where: str, name: str, full: Path, kept: Path, timeout_s: int) -> bool
 def _measure(where: str, name: str, out: Path, timeout_s: int) -> int:
     words = [sys.executable, "-m", "benchmarks.study.measure", name, str(out)]
     if where in (NATIVE, COST):
-        words += ["--epochs", str(NATIVE_EPOCHS)] if where == NATIVE else ["--pairs", str(NR_PAIRS)]
+        words += (
+            ["--epochs", str(NATIVE_EPOCHS)]
+            if where == NATIVE
+            else ["--pairs", str(NR_PAIRS), "--interval-ms", "2000"]
+        )
         return subprocess.run(words, cwd=ROOT, check=False).returncode
     guest = [sys.executable, "-m", "vmtest", "run", where, "--timeout", str(timeout_s)]
     inside = ["env", "STUDY_SMALL=1", *words, "--epochs", str(GUEST_EPOCHS)]

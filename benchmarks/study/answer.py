@@ -33,7 +33,7 @@ def answer(study: Study, percent: Form) -> Iterator[str]:
     yield from _uffd_wp_in_a_guest(study, percent)
     yield from _vmas(study)
     yield from _clear(study)
-    yield from _throughput(study, percent)
+    yield from _cpu(study, percent)
     yield from _should_not(study)
     yield from _own_dumps(study)
     yield from _bytes(study, percent)
@@ -207,16 +207,16 @@ def _clear(study: Study) -> Iterator[str]:
         )
 
 
-def _throughput(study: Study, percent: Form) -> Iterator[str]:
-    found = {name: cost for name in study.programs(NATIVE) if (cost := study.cost(name)) is not None}
+def _cpu(study: Study, percent: Form) -> Iterator[str]:
+    found = {name: cost.more_cpu for name in study.programs(NATIVE) if (cost := study.cost(name)) is not None}
     if not found:
         return
-    lost = _most_first({name: cost.lost for name, cost in found.items() if cost.low > 0})
-    noise = [name for name, cost in found.items() if cost.low <= 0]
+    more = _most_first({name: middle.median for name, middle in found.items() if middle.low > 0})
+    noise = [name for name in found if name not in more]
     yield (
-        "* **Who pays in throughput** (uffd-wp, native, freezes left out): "
-        + (_listed(lost, percent) or "no program's loss stood out of the noise")
-        + (f"; within the noise: {', '.join(noise)}" if lost and noise else "")
+        "* **Who pays in CPU time** for the same work (uffd-wp, native, freezes left out): "
+        + (_listed(more, percent) or "no program's cost stood out of the noise")
+        + (f"; within the noise: {', '.join(noise)}" if more and noise else "")
         + "."
     )
 

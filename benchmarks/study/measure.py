@@ -4,8 +4,9 @@
     python -m benchmarks.study.measure NAME OUT [--epochs N] [--interval-ms N] [--backends LIST] [--pairs N]
 
 Every run gets the program started afresh, so that runs are equal.  With --pairs, what tracking costs the program is
-measured instead: intervals without tracking and with it take turns, N times, each a record of type "pair" with the
-program's own throughput, `untracked` and `tracked`, a second, behind one of type "cost" that tells of the machine.
+measured instead: intervals without tracking and with it take turns, N times, each a record of type "pair" with what the
+program did in a second, `untracked` and `tracked`, and the CPU time it took for one of that, `untracked_cpu_ns` and
+`tracked_cpu_ns`, behind a record of type "cost" that tells of the machine.
 Exit status 3: this machine lacks something, which is written to OUT as a record of one line, so that nobody tries
 again.
 """
@@ -78,40 +79,51 @@ class Recorder:
 
 
 def pairs(pid: int, options: MeasureOptions, probe: Probe, number: int) -> Iterator[dict[str, Any]]:
-    """The program's throughput without and with tracking, intervals taking turns.
+    """What the program does without and with tracking, and in which CPU time, intervals taking turns.
 
     Load of others changes by the second: a tracked interval is held against the mean of the untracked ones before and
     after it.  Both are epochs of a measurement, the untracked one with nothing but reads, so that what goes before
-    and after is the same.
+    and after is the same.  CPU time for one thing done hardly depends on load, the rate does.
 
     Yields fewer than asked for when the program ends or does not answer the probe.
     """
-    rates: list[float] = []
+    seen: list[tuple[float, float]] = []  # (done a second, CPU time of one in ns)
 
     def interval(_: int) -> None:
         time.sleep(SETTLING_S)
-        before, begun = probe(), time.monotonic()
+        before, begun, spent = probe(), time.monotonic(), cpu_ns(pid)
         time.sleep(options.interval_us / 1e6)
-        after, ended = probe(), time.monotonic()
-        rates.append((after - before) / (ended - begun))
+        done, seconds, spent = probe() - before, time.monotonic() - begun, cpu_ns(pid) - spent
+        if done <= 0:
+            raise ValueError("the program did nothing")
+        seen.append((done / seconds, spent / done))
 
-    def rate(wanted: MeasureOptions) -> float:
+    def one(wanted: MeasureOptions) -> tuple[float, float]:
         # nothing of this goes into the record: these are other intervals than those before
         measure(pid, replace(wanted, epochs=1), lambda _: None, between=interval)
-        return rates[-1]
+        return seen[-1]
 
-    untracked = replace(options, backends=(PASSIVE,), run=0)
+    without = replace(options, backends=(PASSIVE,), run=0)
     try:
-        before = rate(untracked)
+        before = one(without)
         for pair in range(number):
-            tracked, after = rate(options), rate(untracked)
+            tracked, after = one(options), one(without)
             yield {
                 **{"type": "pair", "run": options.run, "pair": pair, "load": os.getloadavg()[0]},
-                **{"untracked": (before + after) / 2, "tracked": tracked},
+                **{"untracked": (before[0] + after[0]) / 2, "tracked": tracked[0]},
+                **{"untracked_cpu_ns": (before[1] + after[1]) / 2, "tracked_cpu_ns": tracked[1]},
             }
             before = after
     except (TargetGone, OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
         print(f"  no more pairs: {error}", file=sys.stderr)
+
+
+def cpu_ns(pid: int) -> int:
+    """CPU time of a process, threads that have ended included; exact where /proc/PID/stat counts steps of 10 ms.
+
+    Source: clock_getcpuclockid(3); include/linux/posix-timers_types.h has how a pid becomes the number of a clock.
+    """
+    return time.clock_gettime_ns((~pid << 3) | 2)
 
 
 def main() -> int:

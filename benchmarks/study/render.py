@@ -27,7 +27,7 @@ from benchmarks.study.seen import (
 )
 from benchmarks.study.workloads import WORKLOADS
 from checkpointd.report.summary import Spread
-from checkpointd.report.text import count, size
+from checkpointd.report.text import count, size, time
 
 PAGE = 4096
 MISSING = "-"
@@ -188,37 +188,45 @@ def _cost(study: Study) -> Iterator[str]:
             cell(study.spread(NATIVE, name, UFFD_WP, lambda s: float(s.run.first_vmas)), count),
             cell(study.spread(NATIVE, name, UFFD_WP, most_vmas), count),
         )
-        why = study.lacking.get(COST, {}).get(name, "not measured in calm")
+        why = f"not measured: {study.why_not(COST, name)}"
         rows.append((name, *vmas, *(_cost_cells(cost) if cost else (why,))))
     yield "What tracking by uffd-wp costs the program while it runs, freezes left out:"
     yield ""
-    heads = ("program", "VMAs when armed", "VMAs at most")
     yield from table(
-        (*heads, "done a second, untracked", "lost when tracked", "half of the pairs", "pairs"), rows
+        (
+            *(
+                "program",
+                "VMAs when armed",
+                "VMAs at most",
+                "CPU time for one, untracked",
+                "more when tracked",
+            ),
+            *("half of the pairs", "pairs", "throughput lost"),
+        ),
+        rows,
     )
-    known = [cost for cost in costs.values() if cost is not None]
-    if known:
-        low, high = min(cost.load[0] for cost in known), max(cost.load[1] for cost in known)
-        yield (
-            "Throughput is the program's own; intervals without and with tracking took turns, each in an epoch of a "
-            "measurement, and each tracked one is held against the mean of its two neighbours: medians, and where the "
-            f"middle half of these pairs lies. The machine had other work too (a load of {low:.1f} to {high:.1f}, the "
-            "programs' own in it): where that half spans 0, the loss is less than the noise. Programs that pause "
-            "between their steps (sqlite, numpy, malloc-*, pattern-*) have time to spare and show less than they pay."
-        )
-        yield ""
-    if study.nr_too_busy or not known:
-        yield (
-            (f"{study.nr_too_busy} pairs are left out" if study.nr_too_busy else "Throughput is not shown")
-            + f": it was not measured while the machine had a load of at most {CALM:.0f} for each processor, and "
-            "rates taken above that tell more about others than about tracking."
-        )
-        yield ""
+    if not study.loads:
+        return
+    yield (
+        "*one*: what the program's load counts, such as a request or a step. Intervals without and with tracking took "
+        "turns, each in an epoch of a measurement, and each tracked one is held against the mean of its two "
+        "neighbours: medians, and where the middle half of these pairs lies; where that half spans 0, the cost is less "
+        "than the noise. The machine had other work too (a load of "
+        f"{min(study.loads):.1f} to {max(study.loads):.1f}, the programs' own in it). CPU time bears that; throughput "
+        f"does not, and is shown only of pairs with a load of at most {CALM:.0f} for each processor."
+    )
+    yield ""
 
 
 def _cost_cells(cost: Cost) -> tuple[str, ...]:
-    middle = f"{percent(cost.low)} to {percent(cost.high)}"
-    return (count(cost.untracked), percent(cost.lost), middle, str(cost.nr_pairs))
+    more = cost.more_cpu
+    return (
+        time(cost.cpu_ns / 1000),
+        percent(more.median),
+        f"{percent(more.low)} to {percent(more.high)}",
+        str(more.nr_pairs),
+        percent(cost.lost.median) if cost.lost else "machine too busy",
+    )
 
 
 def _guest(study: Study, where: str) -> Iterator[str]:

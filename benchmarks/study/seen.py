@@ -41,23 +41,34 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """A program's own throughput in pairs of intervals, without and with tracking.
+class Middle:
+    """Per cent of change in pairs: the median, and between which half of the pairs lay."""
 
-    Attributes:
-        nr_pairs: how many.
-        untracked: median throughput a second without tracking.
-        lost: median of what each pair lost with tracking, per cent; less than 0: it was faster.
-        low, high: half of the pairs lay between these.
-        load: the lowest and the highest load of the machine meanwhile.
-    """
-
-    nr_pairs: int
-    untracked: float
-    lost: float
+    median: float
     low: float
     high: float
-    load: tuple[float, float]
+    nr_pairs: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Middle | None:
+        ordered = sorted(values)
+        cut = len(ordered) // 4
+        return Middle(median(ordered), ordered[cut], ordered[-1 - cut], len(ordered)) if ordered else None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A program in pairs of intervals, without and with tracking.
+
+    Attributes:
+        cpu_ns: CPU time for one thing done, untracked; median.
+        more_cpu: how much more it took when tracked.
+        lost: what was done less when tracked; None if the machine was never calm enough.
+    """
+
+    cpu_ns: float
+    more_cpu: Middle
+    lost: Middle | None
 
 
 class Study:
@@ -70,7 +81,7 @@ class Study:
         self.kernels: dict[str, str] = {}
         self.headers: list[record.Record] = []
         self._pairs: dict[str, list[record.Record]] = defaultdict(list)
-        self.nr_too_busy = 0
+        self.loads: list[float] = []
         for path in sorted(directory.glob(f"*/*{compact.SUFFIX}")):
             where, name = path.parent.name, path.name.removesuffix(compact.SUFFIX).rsplit("-", 1)[0]
             found = compact.read(path)
@@ -96,10 +107,10 @@ class Study:
             backends[backend.name].append(Seen(backend, runs[backend.run], records[backend.run]))
 
     def _pair(self, name: str, found: list[record.Record]) -> None:
-        pairs = [line for line in found if line["type"] == "pair"]
-        calm = [pair for pair in pairs if pair["load"] <= CALM * found[0]["nr_cpus"]]
-        self._pairs[name] += calm
-        self.nr_too_busy += len(pairs) - len(calm)
+        for pair in found:
+            if pair["type"] == "pair":
+                self._pairs[name].append({**pair, "calm": pair["load"] <= CALM * found[0]["nr_cpus"]})
+                self.loads.append(pair["load"])
 
     def spread(self, where: str, name: str, backend: str, value: Value) -> Spread | None:
         return Spread.of(value(seen) for seen in self.seen.get(where, {}).get(name, {}).get(backend, ()))
@@ -121,20 +132,13 @@ class Study:
         return self.lacking.get(where, {}).get(name, "no time for it yet")
 
     def cost(self, name: str) -> Cost | None:
-        """What tracking took from a program natively; None if it cannot tell, or was never asked in calm."""
-        pairs = [pair for pair in self._pairs[name] if pair["untracked"] > 0]
-        if not pairs:
+        """What tracking took from a program natively; None if it cannot tell, or was not measured."""
+        pairs = self._pairs[name]
+        more = Middle.of([100 * pair["tracked_cpu_ns"] / pair["untracked_cpu_ns"] - 100 for pair in pairs])
+        if more is None:
             return None
-        lost = sorted(100 - 100 * pair["tracked"] / pair["untracked"] for pair in pairs)
-        loads = [pair["load"] for pair in pairs]
-        return Cost(
-            nr_pairs=len(pairs),
-            untracked=median([pair["untracked"] for pair in pairs]),
-            lost=median(lost),
-            low=lost[len(lost) // 4],
-            high=lost[-1 - len(lost) // 4],
-            load=(min(loads), max(loads)),
-        )
+        lost = [100 - 100 * pair["tracked"] / pair["untracked"] for pair in pairs if pair["calm"]]
+        return Cost(median([pair["untracked_cpu_ns"] for pair in pairs]), more, Middle.of(lost))
 
 
 def median(values: Sequence[float]) -> float:

@@ -56,30 +56,33 @@ def test_repeats_have_a_spread_and_single_runs_have_none(tmp_path):
     )
 
 
-def pair(untracked, tracked, load=0.5):
-    return {"type": "pair", "run": 0, "pair": 0, "load": load, "untracked": untracked, "tracked": tracked}
+def pair(cpu_ns, tracked_cpu_ns, load=0.5, rates=(100, 100)):
+    found = {"untracked": rates[0], "tracked": rates[1]}
+    found |= {"untracked_cpu_ns": cpu_ns, "tracked_cpu_ns": tracked_cpu_ns}
+    return {"type": "pair", "run": 0, "pair": 0, "load": load, **found}
 
 
 def keep_cost(directory, name, *pairs):
     compact.write([{"type": "cost", "nr_cpus": 2}, *pairs], path_of(directory, "cost", name))
 
 
-def test_throughput_is_the_median_of_pairs_and_noise_is_called_so(tmp_path):
+def test_cost_is_the_median_of_pairs_and_noise_is_called_so(tmp_path):
     for name in ("redis", "nginx", "gcc", "xz"):
         keep(tmp_path, "native", name, 1)
-    assert "Throughput is not shown" in render(tmp_path)
-    keep_cost(tmp_path, "redis", pair(1000, 900), pair(2000, 1700), pair(50, 40), pair(500, 400))
-    keep_cost(tmp_path, "nginx", pair(100, 110, 3.75), pair(100, 80), pair(100, 99), pair(100, 1, load=4.1))
-    keep_cost(tmp_path, "xz", pair(100, 1, load=4.1))
+    assert "load of" not in render(tmp_path)
+    keep_cost(tmp_path, "redis", pair(1000, 1100), pair(2000, 2300), pair(50, 60), pair(500, 600))
+    busy = pair(100, 104, load=4.1, rates=(100, 1))
+    keep_cost(tmp_path, "nginx", pair(100, 90, 3.75, rates=(100, 98)), pair(100, 120), busy)
+    keep_cost(tmp_path, "xz", pair(1e6, 1e6, load=4.1))
     compact.write([{"type": "lacking", "why": "it cannot tell"}], path_of(tmp_path, "cost", "gcc"))
     text = render(tmp_path)
-    # lost: 10, 15, 20 and 20 of a hundred
-    assert "| 750 | 18 % | 15 % to 20 % | 4 |" in row(text, "| redis |")
-    assert "| 1.0 % | -10 % to 20 % | 3 |" in row(text, "| nginx |")
-    assert "| it cannot tell |" in row(text, "| gcc |")
-    assert "| not measured in calm |" in row(text, "| xz |")
-    assert "a load of 0.5 to 3.8, " in text and "2 pairs are left out" in text
-    assert "freezes left out): redis 18 %; within the noise: nginx." in text
+    # 10, 15, 20 and 20 per cent more
+    assert row(text, "| redis |").endswith("| 1 us | 18 % | 15 % to 20 % | 4 | 0.0 % |")
+    assert row(text, "| nginx |").endswith("| 4.0 % | -10 % to 20 % | 3 | 1.0 % |")
+    assert "| not measured: it cannot tell |" in row(text, "| gcc |")
+    assert row(text, "| xz |").endswith("| 1.0 ms | 0.0 % | 0.0 % to 0.0 % | 1 | machine too busy |")
+    assert "a load of 0.5 to 4.1, " in text
+    assert "freezes left out): redis 18 %; within the noise: nginx, xz." in text
 
 
 def test_a_guest_s_savings_and_losses_are_counted(tmp_path):
