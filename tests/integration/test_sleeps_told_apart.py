@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import random
 import signal
+import struct
 import subprocess
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +21,7 @@ import pytest
 from checkpointd.linux.arch import Nr
 from checkpointd.target.freeze import freeze
 from checkpointd.target.process import SleepMemory
-from checkpointd.target.threads import note_sleeps
+from checkpointd.target.threads import capture_threads, note_sleeps
 from tests.programs.restore_harness import capture, kill_and_reap, restore
 
 TIMEOUT_S = 20
@@ -161,6 +166,77 @@ def test_one_poll_that_somebody_else_stopped_is_late_rather_than_early(poller: P
     assert first.left_s is not None
     poller.stop_and_continue()
     assert not poller.seen().is_early(first.before + first.left_s)
+
+
+CLOCKED = f"""
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+int main(int argc, char **argv)
+{{
+	struct pollfd in = {{ .fd = 0, .events = POLLIN }};
+	struct timespec *began = mmap(0, sizeof(*began), PROT_READ | PROT_WRITE, MAP_SHARED, open(argv[1], O_RDWR), 0);
+	char byte;
+
+	for (;;) {{
+		clock_gettime(CLOCK_MONOTONIC, began);
+		if (poll(&in, 1, {TIMEOUT_S * 1000}) > 0 && read(0, &byte, 1) != 1)
+			return 0;
+	}}
+}}
+"""
+NR_STORMY_FREEZES = 600
+
+
+def test_no_poll_is_early_in_a_storm_of_wakes_and_stops(tmp_path: Path) -> None:
+    """It tells the time at which each poll began, and somebody wakes, stops and continues it all the while."""
+    program, told = tmp_path / "clocked", tmp_path / "told"
+    subprocess.run(["gcc", "-O2", "-x", "c", "-o", program, "-"], input=CLOCKED, text=True, check=True)
+    told.write_bytes(bytes(mmap.PAGESIZE))
+    child = subprocess.Popen([program, told], stdin=subprocess.PIPE)
+    dice, over, seen = random.Random(1), threading.Event(), Counter[str]()
+
+    def storm() -> None:
+        assert child.stdin is not None
+        dice = random.Random(2)
+        while not over.is_set():
+            if dice.random() < 0.5:
+                os.write(child.stdin.fileno(), b"x")
+            else:
+                os.kill(child.pid, signal.SIGSTOP)
+                time.sleep(0.002 * dice.random())
+                os.kill(child.pid, signal.SIGCONT)
+            time.sleep(0.01 * dice.random() ** 2)
+
+    blowing = threading.Thread(target=storm)
+    try:
+        wait_for_call(child.pid)
+        blowing.start()
+        memory = SleepMemory()
+        for _ in range(NR_STORMY_FREEZES):
+            with freeze(child.pid) as frozen, frozen.inject() as remote:
+                (thread,), _ = capture_threads(frozen, remote, memory=memory)
+                seconds, nanoseconds = struct.unpack("=qq", told.read_bytes()[:16])
+                now_s = frozen.frozen_at_ns / 1e9
+            sleep, end_s = thread.sleep, seconds + nanoseconds / 1e9 + TIMEOUT_S
+            if sleep is None or sleep.lost:  # awake; or no freeze saw the call before somebody else's stop
+                seen["nothing"] += 1
+            elif sleep.remaining_ns is None:
+                seen["anew"] += 1
+            else:
+                seen["known"] += 1
+                assert not Seen(sleep.remaining_ns / 1e9, now_s, now_s).is_early(end_s)
+            time.sleep(0.01 * dice.random() ** 2)
+        assert seen["anew"]
+        assert seen["known"]
+    finally:
+        over.set()
+        if blowing.ident is not None:
+            blowing.join()
+        child.kill()
+        child.communicate()
 
 
 SLEEPER = """
