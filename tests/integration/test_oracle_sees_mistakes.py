@@ -8,6 +8,7 @@ import pytest
 from tests.oracle import history
 from tests.oracle.campaign import play, shrink
 from tests.oracle.planted import MISTAKES, NaiveEngine
+from tests.oracle.target import OracleTarget
 
 pytestmark = pytest.mark.needs("root", "gcc")
 
@@ -19,6 +20,27 @@ def test_naive_engine_is_right_for_many_histories() -> None:
         verdict = play(history.generate(seed), NaiveEngine)
         assert not verdict.findings, f"seed {seed}, line {verdict.at}: {verdict.findings}"
         assert verdict.nr_generations >= 6
+
+
+def test_heap_shrinks_without_taking_the_memory_of_the_c_library() -> None:
+    """The first thread makes malloc extend the heap; a target that gave that back died at the next thread."""
+    storm, shrink_heap = ["stormfreeze 21 8"], ["brk 0 by -15 0 1"]
+    lines = [
+        "brk 0 by 60 0 1",
+        *storm,
+        *shrink_heap * 6,
+        *storm,
+        "brk 0 by 3 0 1",
+        *shrink_heap * 3,
+        *storm,
+        "freeze",
+    ]
+    verdict = play(lines, NaiveEngine)
+    assert not verdict.findings
+    with OracleTarget() as target:
+        assert target.tell("brk 0 by 20 0 1") == 0
+        assert target.tell(shrink_heap[0]) == 0
+        assert target.tell(shrink_heap[0]) < 0
 
 
 @pytest.mark.parametrize("mistake", sorted(MISTAKES))

@@ -587,16 +587,18 @@ static int burn_stack(int depth, uint64_t value)
 	return depth ? burn_stack(depth - 1, value) + room[0] : room[0];
 }
 
+// The C library's heap grows the same way (for a first thread, say): only what we added to its end is taken back.
 static long do_brk(long pages, uint64_t value)
 {
+	static char *first, *behind;
 	char *old = sbrk(0);
-	if (pages < 0) {
-		extern char end;
-		if (old + pages * (long)PAGE < &end + 64 * PAGE)
-			return -EINVAL;
-	}
+	if (old != behind)
+		first = old;
+	if (pages < 0 && old + pages * (long)PAGE < first)
+		return -EINVAL;
 	if (sbrk(pages * (long)PAGE) == (void *)-1)
 		return -errno;
+	behind = sbrk(0);
 	for (long i = 0; i < pages; i += 2)
 		old[i * (long)PAGE + (long)(value % PAGE)] = (char)value;
 	return 0;
