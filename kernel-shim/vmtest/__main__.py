@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("run needs a command after --")
         image = options.image or kbuild.build(options.name)
         # with KASAN under emulation ACPI's interpreter runs into its own timeouts, and interrupts are not routed
-        append = f"acpi=off {options.append}" if options.name.endswith("-debug") else options.append
+        append = f"acpi=off {options.append}" if options.name.endswith(kbuild.CHECKING) else options.append
         return vm.run(
             image, command, name=options.name, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer,
             timeout_seconds=options.timeout, memory_mib=options.memory, cpus=options.cpus,

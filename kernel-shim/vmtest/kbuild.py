@@ -2,7 +2,8 @@
 """Build the kernels of the lab, each one once.
 
 A kernel is named ``BASE-FLAVOUR``: base ``6.12`` or ``6.1`` (Debian's ``linux-source-BASE`` package), flavour
-``stock`` or ``precise`` (our patch series on top), with ``-debug`` behind it for the self-checking build.
+``stock`` or ``precise`` (our patch series on top), with ``-debug`` behind it for the self-checking build, or
+``-kasan`` for one that looks for uses after free as well.
 ``BASE-precise@N`` has only the first N patches of the series: every one of them has to build and boot.
 
 The result is cached under ``$XDG_CACHE_HOME/checkpointd/kernels/<hash>/``. The hash covers everything that
@@ -37,7 +38,8 @@ from typing import BinaryIO
 HERE = Path(__file__).resolve().parent
 SHIM = HERE.parent
 BASES = ("6.12", "6.1")
-FLAVOURS = ("stock", "precise", "stock-debug", "precise-debug")
+CHECKING = ("debug", "kasan")
+FLAVOURS = ("stock", "precise", *(f"{kind}-{checks}" for kind in ("stock", "precise") for checks in CHECKING))
 NAMES = tuple(f"{base}-{flavour}" for base in BASES for flavour in FLAVOURS)
 BUILD_PACKAGES = (
     "flex",
@@ -67,12 +69,13 @@ class Kernel:
     """One kernel of the lab, by name.
 
     Attributes:
+        checks: how the kernel checks itself: "", "debug", or "kasan" (that and use after free).
         nr_patches: as many patches of the series are applied; None for all of them.
     """
 
     base: str
     patched: bool
-    debug: bool
+    checks: str = ""
     nr_patches: int | None = None
 
     @classmethod
@@ -90,8 +93,8 @@ class Kernel:
             raise BuildError(
                 f"unknown kernel {name!r}; the lab knows {', '.join(NAMES)}, and BASE-precise@N for the first N patches"
             )
-        base, flavour = whole.split("-", 1)
-        kernel = cls(base, flavour.startswith("precise"), flavour.endswith("-debug"))
+        base, kind, *checks = whole.split("-")
+        kernel = cls(base, kind == "precise", *checks)
         if not at:
             return kernel
         if int(count) > len(kernel.patches):
@@ -101,7 +104,7 @@ class Kernel:
     @property
     def name(self) -> str:
         part = "" if self.nr_patches is None else f"@{self.nr_patches}"
-        return f"{self.base}-{'precise' if self.patched else 'stock'}{'-debug' if self.debug else ''}{part}"
+        return f"{self.base}-{'precise' if self.patched else 'stock'}{self.checks and '-'}{self.checks}{part}"
 
     @property
     def patches(self) -> list[Path]:
@@ -114,7 +117,11 @@ class Kernel:
     @property
     def fragments(self) -> list[Path]:
         """Configuration fragments merged over tinyconfig, in order."""
-        names = ["guest.config", *(["debug.config"] if self.debug else [])]
+        names = ["guest.config"]
+        if self.checks:
+            names.append("debug.config")
+        if self.checks == "kasan":
+            names.append("kasan.config")
         return [SHIM / "configs" / name for name in names]
 
 
