@@ -9,6 +9,7 @@ from benchmarks.study.seen import (
     NATIVE,
     Study,
     median,
+    merged_of_changed,
     merged_share,
     most_vmas,
     over,
@@ -48,18 +49,18 @@ def _most_first(found: Mapping[str, float]) -> dict[str, float]:
 
 
 def _gained(study: Study, where: str, backend: str) -> dict[str, float]:
-    """Programs whose over-report an exact reporter took down beyond chance: by how many pages for each that changed.
+    """Programs whose over-report an exact reporter took down: by how many pages for each that changed.
 
-    Beyond chance: it takes away 5 per cent of what changed, the highest of its repeats is below the lowest of plain
-    soft-dirty, and there were pages for it to take (mappings marked as a whole).
+    Counted only where plain soft-dirty had something to lose (unchanged pages of mappings marked as a whole, 5 for
+    each 100 that changed) and the highest of the exact repeats is below the lowest of the plain ones.
     """
     stock = study.place("stock")
-    merged = study.means(stock, "soft-dirty bit", merged_share)
+    whole = study.means(stock, "soft-dirty bit", merged_of_changed)
     found = {}
-    for name in merged:
+    for name, share in whole.items():
         plain = study.spread(stock, name, "soft-dirty bit", over)
         exact = study.spread(where, name, backend, over)
-        if plain and exact and merged[name] >= 1 and plain.low > exact.high and plain.mean - exact.mean >= 5:
+        if plain and exact and share >= 5 and plain.low > exact.high:
             found[name] = (plain.mean - exact.mean) / 100
     return _most_first(found)
 
@@ -80,7 +81,7 @@ def _in_short(study: Study) -> Iterator[str]:
             else "no pattern of the thread"
         )
         + (f", and of the real programs {', '.join(programs)}" if programs else ", and no real program")
-        + f". For the other {len(both) - len(gain)} no difference is beyond chance."
+        + f". For the other {len(both) - len(gain)} there is nothing to gain."
     )
     yield ""
 
@@ -117,7 +118,7 @@ def _who_gains(study: Study, percent: Form) -> Iterator[str]:
         yield (
             f"* **{label}** took the over-report, for each page that changed, "
             + (f"from {', '.join(told)}." if told else "from no program down.")
-            + (f" No difference beyond chance: {', '.join(others)}." if others else "")
+            + (f" Next to nothing to take: {', '.join(others)}." if others else "")
         )
 
 

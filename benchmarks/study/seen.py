@@ -129,7 +129,7 @@ class Study:
 
     def why_not(self, where: str, name: str) -> str:
         """Why a program is not among those of a place."""
-        return self.lacking.get(where, {}).get(name, "no time for it yet")
+        return self.lacking.get(where, {}).get(name, "no record yet; `make study` goes on here")
 
     def cost(self, name: str) -> Cost | None:
         """What tracking took from a program natively; None if it cannot tell, or was not measured."""
@@ -171,6 +171,11 @@ def packed_of_stored(seen: Seen) -> float | None:
 def merged_share(seen: Seen) -> float | None:
     reported = seen.backend.reported.mean
     return 100 * seen.backend.causes["merged"] / reported if reported else None
+
+
+def merged_of_changed(seen: Seen) -> float | None:
+    changed = seen.backend.changed.mean
+    return 100 * seen.backend.causes["merged"] / changed if changed else None
 
 
 def xor_share(seen: Seen) -> float | None:

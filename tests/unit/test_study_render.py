@@ -116,7 +116,7 @@ def test_a_guest_s_savings_and_losses_are_counted(tmp_path):
     first, last = 100 * (over + 400_000) / changed, 100 * over / changed
     assert f"sqlite {first:.0f} % to {last:.0f} %." in text
     assert row(text, "6.12-stock", "soft-dirty bit", "sqlite").endswith("| 12 |")
-    assert row(text, "| redis | - |").startswith("| redis | - | not measured: no time for it yet |")
+    assert row(text, "| redis | - |").startswith("| redis | - | not measured: no record yet")
     packed = sum(found["bytes_packed"] for found in judged) / sum(found["bytes_stored"] for found in judged)
     assert f"| sqlite | {packed:.2f} | {packed:.2f} | - | - |" in text
     assert row(text, "sqlite", "precise-soft-dirty bit").endswith("| 12 | 75 |")
