@@ -7,8 +7,9 @@ A kernel is named ``BASE-FLAVOUR``: base ``6.12`` or ``6.1`` (Debian's ``linux-s
 ``BASE-precise@N`` has only the first N patches of the series: every one of them has to build and boot.
 
 The result is cached under ``$XDG_CACHE_HOME/checkpointd/kernels/<hash>/``. The hash covers everything that
-goes in: the version of the source package, every patch, every configuration fragment and the compiler. Two
-builders of the same kernel wait for each other; a build that fails leaves its log and no image.
+goes in: the version of the source package, what is compiled of every patch (neither messages nor the cover letter),
+every configuration fragment and the compiler. Two builders of the same kernel wait for each other; a build that
+fails leaves its log and no image.
 
 Raises:
     BuildError: the sources cannot be had, a patch does not apply, or the compiler failed. The message
