@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.oracle import history
 from tests.oracle.campaign import play, shrink
+from tests.oracle.judge import target_unharmed
 from tests.oracle.planted import MISTAKES, NaiveEngine
 from tests.oracle.target import OracleTarget
+from tests.oracle.truth import PAGE, Truth, take
 
 pytestmark = pytest.mark.needs("root", "gcc")
 
@@ -41,6 +44,38 @@ def test_heap_shrinks_without_taking_the_memory_of_the_c_library() -> None:
         assert target.tell("brk 0 by 20 0 1") == 0
         assert target.tell(shrink_heap[0]) == 0
         assert target.tell(shrink_heap[0]) < 0
+
+
+@pytest.mark.needs("transparent_huge")
+def test_huge_page_the_kernel_makes_between_two_truths_is_no_change_of_the_target() -> None:
+    with OracleTarget() as target:
+        for line in (
+            "map 0 thp 0 1",
+            "advise 0 nohugepage 0 512",
+            "write 0 fill 0 4 5",
+            "advise 0 hugepage 0 512",
+        ):
+            assert target.tell(line) >= 0
+        slot = target.tell("where 0")
+
+        def changed(one: Truth, other: Truth) -> list[str]:
+            """What is said of the slot; the target's own stack and data change with every command."""
+            return [finding for finding in target_unharmed(one, other) if f": {slot:x}-" in finding]
+
+        def look() -> Truth:
+            target.settle()
+            return take(target.pid)
+
+        before = look()
+        assert target.tell("advise 0 collapse 0 512") >= 0
+        collapsed = look()
+        filled = np.setdiff1d(collapsed.private.pages, before.private.pages)
+        assert np.count_nonzero(filled // 512 == slot // (512 * PAGE)) == 508
+        assert changed(before, collapsed) == changed(collapsed, before) == []
+        assert target.tell("write 0 byte 9 1 7") >= 0  # in it
+        assert any(f"page {slot + 9 * PAGE:#x} " in finding for finding in changed(before, look()))
+        assert target.tell("write 0 zero 515 1 0") >= 0  # in the small pages behind it
+        assert any(f"page {slot + 515 * PAGE:#x} " in finding for finding in changed(before, look()))
 
 
 @pytest.mark.parametrize("mistake", sorted(MISTAKES))

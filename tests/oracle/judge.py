@@ -2,8 +2,9 @@
 """Compare a flattened generation with the truth, byte for byte and hole for hole.
 
 The truth was taken just before and just after the dump.  Where both agree the image must agree with them; where
-they differ somebody touched the target, which is a finding of its own (one exception: the page of code which
-injected calls went through may have become a private copy with the file's content).
+they differ somebody touched the target, which is a finding of its own (two exceptions: the page of code which
+injected calls went through may have become a private copy with the file's content; holes and zeroes may change
+places where the kernel makes or splits a huge page).
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from tests.oracle.engine import PRIVATE, U64, Generation, Pages
 from tests.oracle.truth import PAGE, Contents, Mapping, Truth
 
 MAX_FINDINGS = 12
+HUGE = 512  # pages of a huge page
 _ANONYMOUS = ("/dev/zero", "/anon_hugepage")
 
 
 def judge(before: Truth, after: Truth, image: Generation) -> list[str]:
     """What is wrong, one line each; nothing when all is well."""
-    findings = _target_unharmed(before, after)
+    findings = target_unharmed(before, after)
     findings += _mappings(before, image)
     findings += _private(before, after, image)
     findings += _shared(before, after, image)
@@ -146,7 +148,7 @@ def _change(truth: Contents, later: Contents) -> str:
     return f"pages {came.tolist()} came, {went.tolist()} went, {other} are other than before"
 
 
-def _target_unharmed(before: Truth, after: Truth) -> list[str]:
+def target_unharmed(before: Truth, after: Truth) -> list[str]:
     """Taking a dump must not change what the target has."""
     findings = []
     if _spans(before.mappings) != _spans(after.mappings):
@@ -158,7 +160,9 @@ def _target_unharmed(before: Truth, after: Truth) -> list[str]:
         != (after.private.data[np.isin(after.private.pages, common)])
     )
     rows = np.flatnonzero(changed.any(axis=1))
-    for page in np.union1d(common[rows], np.setxor1d(before.private.pages, after.private.pages)).tolist():
+    moved = np.concatenate((_moved_by_huge_pages(before, after), _moved_by_huge_pages(after, before)))
+    holes = np.setdiff1d(np.setxor1d(before.private.pages, after.private.pages), moved)
+    for page in np.union1d(common[rows], holes).tolist():
         mapping = _find(before.mappings, page)
         if not (mapping and "x" in mapping.prot):
             findings.append(f"the dump changed page {page * PAGE:#x} of the target: {mapping}")
@@ -167,6 +171,27 @@ def _target_unharmed(before: Truth, after: Truth) -> list[str]:
         if not np.array_equal(truth.pages, later.pages) or not np.array_equal(truth.data, later.data):
             findings.append(f"the dump changed shared object {key}: {_change(truth, later)}")
     return findings
+
+
+def _moved_by_huge_pages(without: Truth, having: Truth) -> U64:
+    """Pages of zeroes that came with a huge page the kernel made, or went with one it split: nobody's change.
+
+    khugepaged fills the holes of what it collapses (max_ptes_none), at any time; of a huge page that is split, pages
+    of zeroes become holes again.
+
+    Source: Linux Documentation/admin-guide/mm/transhuge.rst, mm/khugepaged.c, mm/huge_memory.c.
+    """
+    pages = having.private.pages
+    lone = np.setdiff1d(pages, without.private.pages)
+    moved = []
+    for block in np.unique(lone // HUGE).tolist():
+        mapping = _find(having.mappings, block * HUGE)
+        is_within = mapping is not None and mapping.end >= (block + 1) * HUGE * PAGE
+        if is_within and np.count_nonzero(pages // HUGE == block) == HUGE:
+            moved += [
+                page for page in lone[lone // HUGE == block].tolist() if not _row(having.private, page).any()
+            ]
+    return np.array(moved, dtype=np.uint64)
 
 
 def _mappings(before: Truth, image: Generation) -> list[str]:
