@@ -5,8 +5,8 @@
 
 A record that is in benchmarks/study/records is not made again; remove one to have it made again.  The full records,
 which `checkpoint report` shows with all mappings, stay under build/study.  The place "cost" is what tracking costs
-programs natively: their throughput counts only where the machine has little else to do.  In guests (emulated, so
-seconds mean nothing there) the data is smaller and there is one program a guest.
+programs natively: it waits for another time while the machine is busy, and pairs measured then do not count.  In guests
+(emulated, so seconds mean nothing there) the data is smaller and there is one program a guest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.study import compact
 from benchmarks.study.render import render
-from benchmarks.study.seen import COST, NATIVE, RECORDS
+from benchmarks.study.seen import CALM, COST, NATIVE, RECORDS, all_busy
 from benchmarks.study.workloads import WORKLOADS
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,10 @@ def main() -> int:
             for where in places:
                 for name in names:
                     kept = args.records / where / f"{name}-{repeat}{compact.SUFFIX}"
-                    if kept.exists():
+                    if kept.exists() and not (where == COST and all_busy(kept)):
+                        continue
+                    if where == COST and os.getloadavg()[0] > CALM * (os.cpu_count() or 1):
+                        print(f"{where}: {name} is left for later: others keep this machine busy", flush=True)
                         continue
                     full = (args.full / where / f"{name}-{repeat}.jsonl").resolve()
                     print(f"{where}: {name}, {repeat} of {args.repeats}", flush=True)
@@ -72,6 +75,8 @@ def main() -> int:
 
 def _keep(where: str, name: str, full: Path, kept: Path, timeout_s: int) -> bool:
     """Measure unless a full record is there already, and keep it; False if there is nothing to keep."""
+    if kept.exists():
+        full.unlink(missing_ok=True)  # it is to be made again
     if not full.exists():
         full.parent.mkdir(parents=True, exist_ok=True)
         status = _measure(where, name, full, timeout_s)

@@ -182,51 +182,64 @@ def _native(study: Study) -> Iterator[str]:
 def _cost(study: Study) -> Iterator[str]:
     """VMAs and throughput of the native runs."""
     costs = {name: study.cost(name) for name in study.programs(NATIVE)}
+    calm = any(costs.values())
+    heads = ["program", "VMAs when armed", "VMAs at most"]
+    if calm:
+        heads += [
+            "CPU time for one, untracked",
+            "more when tracked",
+            "half of the pairs",
+            "throughput lost",
+            "pairs",
+        ]
     rows = []
     for name, cost in costs.items():
-        vmas = (
-            cell(study.spread(NATIVE, name, UFFD_WP, lambda s: float(s.run.first_vmas)), count),
-            cell(study.spread(NATIVE, name, UFFD_WP, most_vmas), count),
-        )
-        why = f"not measured: {study.why_not(COST, name)}"
-        rows.append((name, *vmas, *(_cost_cells(cost) if cost else (why,))))
+        row = [name]
+        row += [cell(study.spread(NATIVE, name, UFFD_WP, lambda s: float(s.run.first_vmas)), count)]
+        row += [cell(study.spread(NATIVE, name, UFFD_WP, most_vmas), count)]
+        if calm:
+            row += _cost_cells(cost) if cost else [f"not measured: {study.why_not(COST, name)}"]
+        rows.append(row)
     yield "What tracking by uffd-wp costs the program while it runs, freezes left out:"
     yield ""
-    yield from table(
-        (
-            *(
-                "program",
-                "VMAs when armed",
-                "VMAs at most",
-                "CPU time for one, untracked",
-                "more when tracked",
-            ),
-            *("half of the pairs", "pairs", "throughput lost"),
-        ),
-        rows,
-    )
-    if not study.loads:
-        return
-    yield (
-        "*one*: what the program's load counts, such as a request or a step. Intervals without and with tracking took "
-        "turns, each in an epoch of a measurement, and each tracked one is held against the mean of its two "
-        "neighbours: medians, and where the middle half of these pairs lies; where that half spans 0, the cost is less "
-        "than the noise. The machine had other work too (a load of "
-        f"{min(study.loads):.1f} to {max(study.loads):.1f}, the programs' own in it). CPU time bears that; throughput "
-        f"does not, and is shown only of pairs with a load of at most {CALM:.0f} for each processor."
-    )
-    yield ""
+    yield from table(heads, rows)
+    if calm:
+        yield (
+            "*one*: what the program's load counts, such as a request or a step. Intervals without and with tracking "
+            "took turns, each in an epoch of a measurement, and each tracked one is held against the mean of its two "
+            "neighbours: medians, and where the middle half of these pairs lies; where that half spans 0, the cost is "
+            f"less than the noise. The load was {min(study.loads[True]):.1f} to {max(study.loads[True]):.1f}."
+        )
+        yield ""
+    yield from _busy(study)
 
 
-def _cost_cells(cost: Cost) -> tuple[str, ...]:
+def _busy(study: Study) -> Iterator[str]:
+    if loads := study.loads[False]:
+        costs = {name: study.cost(name, calm=False) for name in study.programs(NATIVE)}
+        less = {name: cost.more_cpu for name, cost in costs.items() if cost and cost.more_cpu.high < 0}
+        yield (
+            f"Cost in time counts only at a load of at most {CALM:.0f} for each processor. {len(loads)} pairs of "
+            f"intervals without and with tracking are left out: others kept the machine at a load of {min(loads):.1f} "
+            f"to {max(loads):.1f}."
+            + "".join(
+                f" There {name} took {-middle.median:.0f} % less CPU time for the same work when tracked, which tells "
+                "of the others and not of tracking."
+                for name, middle in less.items()
+            )
+        )
+        yield ""
+
+
+def _cost_cells(cost: Cost) -> list[str]:
     more = cost.more_cpu
-    return (
+    return [
         time(cost.cpu_ns / 1000),
         percent(more.median),
         f"{percent(more.low)} to {percent(more.high)}",
+        percent(cost.lost.median),
         str(more.nr_pairs),
-        percent(cost.lost.median) if cost.lost else "machine too busy",
-    )
+    ]
 
 
 def _guest(study: Study, where: str) -> Iterator[str]:

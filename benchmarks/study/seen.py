@@ -23,7 +23,7 @@ NATIVE = "native"
 COST = "cost"
 RECORDS = Path(__file__).parent / "records"
 CALM = 2.0
-"""Load for each processor above which throughput says more of others than of tracking."""
+"""Load for each processor above which times say more of others than of tracking."""
 
 Value = Callable[["Seen"], float | None]
 
@@ -63,12 +63,12 @@ class Cost:
     Attributes:
         cpu_ns: CPU time for one thing done, untracked; median.
         more_cpu: how much more it took when tracked.
-        lost: what was done less when tracked; None if the machine was never calm enough.
+        lost: what was done less when tracked.
     """
 
     cpu_ns: float
     more_cpu: Middle
-    lost: Middle | None
+    lost: Middle
 
 
 class Study:
@@ -81,7 +81,7 @@ class Study:
         self.kernels: dict[str, str] = {}
         self.headers: list[record.Record] = []
         self._pairs: dict[str, list[record.Record]] = defaultdict(list)
-        self.loads: list[float] = []
+        self.loads: dict[bool, list[float]] = {True: [], False: []}  # by whether the machine was calm
         for path in sorted(directory.glob(f"*/*{compact.SUFFIX}")):
             where, name = path.parent.name, path.name.removesuffix(compact.SUFFIX).rsplit("-", 1)[0]
             found = compact.read(path)
@@ -109,8 +109,9 @@ class Study:
     def _pair(self, name: str, found: list[record.Record]) -> None:
         for pair in found:
             if pair["type"] == "pair":
-                self._pairs[name].append({**pair, "calm": pair["load"] <= CALM * found[0]["nr_cpus"]})
-                self.loads.append(pair["load"])
+                calm = pair["load"] <= CALM * found[0]["nr_cpus"]
+                self._pairs[name].append({**pair, "calm": calm})
+                self.loads[calm].append(pair["load"])
 
     def spread(self, where: str, name: str, backend: str, value: Value) -> Spread | None:
         return Spread.of(value(seen) for seen in self.seen.get(where, {}).get(name, {}).get(backend, ()))
@@ -131,14 +132,21 @@ class Study:
         """Why a program is not among those of a place."""
         return self.lacking.get(where, {}).get(name, "no record yet; `make study` goes on here")
 
-    def cost(self, name: str) -> Cost | None:
-        """What tracking took from a program natively; None if it cannot tell, or was not measured."""
-        pairs = self._pairs[name]
+    def cost(self, name: str, calm: bool = True) -> Cost | None:
+        """What tracking took from a program natively, by the pairs of a calm machine, or by those of a busy one."""
+        pairs = [pair for pair in self._pairs[name] if pair["calm"] == calm]
         more = Middle.of([100 * pair["tracked_cpu_ns"] / pair["untracked_cpu_ns"] - 100 for pair in pairs])
-        if more is None:
+        lost = Middle.of([100 - 100 * pair["tracked"] / pair["untracked"] for pair in pairs])
+        if more is None or lost is None:
             return None
-        lost = [100 - 100 * pair["tracked"] / pair["untracked"] for pair in pairs if pair["calm"]]
-        return Cost(median([pair["untracked_cpu_ns"] for pair in pairs]), more, Middle.of(lost))
+        return Cost(median([pair["untracked_cpu_ns"] for pair in pairs]), more, lost)
+
+
+def all_busy(kept: Path) -> bool:
+    """Whether no pair of this record counts."""
+    found = compact.read(kept)
+    pairs = [line for line in found if line["type"] == "pair"]
+    return bool(pairs) and all(pair["load"] > CALM * found[0]["nr_cpus"] for pair in pairs)
 
 
 def median(values: Sequence[float]) -> float:

@@ -84,6 +84,21 @@ def test_a_guest_whose_time_is_up_is_kept_as_such(run, tmp_path):
     assert found == {"type": "lacking", "why": "the emulated machine was given 10 minutes, which did not do"}
 
 
+def test_cost_waits_for_a_calm_machine_and_does_not_count_before(run, tmp_path, monkeypatch):
+    words = ("xz", "--where", "cost", "--repeats", "1")
+    kept = tmp_path / "kept" / "cost" / f"xz-1{compact.SUFFIX}"
+    times = {"untracked": 1, "tracked": 1, "untracked_cpu_ns": 1, "tracked_cpu_ns": 1}
+    busy = [{"type": "cost", "nr_cpus": 2}, {"type": "pair", "load": 4.5, **times}]
+    compact.write(busy, kept)
+    monkeypatch.setattr("os.getloadavg", lambda: (1000.0, 0, 0))
+    assert run(*words, doing=made) == (0, [])
+    assert compact.read(kept) == busy
+    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 0, 0))
+    assert run(*words, doing=made) == (0, [("cost", "xz", "xz-1")])
+    assert compact.read(kept)[0]["type"] == "lacking"
+    assert run(*words, doing=made) == (0, [])
+
+
 def test_render_only_measures_nothing(run, tmp_path):
     assert run("--render-only") == (0, [])
     assert (tmp_path / "page.md").read_text().startswith("# What exact tracking saves")
