@@ -223,8 +223,9 @@ def _busy(study: Study) -> Iterator[str]:
             f"intervals without and with tracking are left out: others kept the machine at a load of {min(loads):.1f} "
             f"to {max(loads):.1f}."
             + "".join(
-                f" There {name} took {-middle.median:.0f} % less CPU time for the same work when tracked, which tells "
-                "of the others and not of tracking."
+                f" There {name} took {-middle.median:.0f} % less CPU time for the same work when tracked, which "
+                "tracking cannot do: others on the machine, or the method, are not understood, and no figure of it is "
+                "claimed."
                 for name, middle in less.items()
             )
         )
