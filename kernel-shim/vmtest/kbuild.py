@@ -8,8 +8,8 @@ A kernel is named ``BASE-FLAVOUR``: base ``6.12`` or ``6.1`` (Debian's ``linux-s
 
 The result is cached under ``$XDG_CACHE_HOME/checkpointd/kernels/<hash>/``. The hash covers everything that
 goes in: the version of the source package, what is compiled of every patch (neither messages nor the cover letter),
-every configuration fragment and the compiler. Two builders of the same kernel wait for each other; a build that
-fails leaves its log and no image.
+every option of the configuration fragments and the compiler. Two builders of the same kernel wait for each
+other; a build that fails leaves its log and no image.
 
 Raises:
     BuildError: the sources cannot be had, a patch does not apply, or the compiler failed. The message
@@ -55,6 +55,9 @@ BUILD_PACKAGES = (
     "xz-utils",
     "patch",
 )
+
+
+_OPTION = re.compile(rb"^(?:# )?CONFIG_\w+.*$", re.MULTILINE)
 
 
 class BuildError(Exception):
@@ -190,7 +193,7 @@ def digest(kernel: Kernel, version: str) -> str:
     for path in kernel.patches:
         state.update(_compiled_part(path.read_bytes()) + b"\0")
     for path in kernel.fragments:
-        state.update(path.read_bytes() + b"\0")
+        state.update(b"\n".join(_OPTION.findall(path.read_bytes())) + b"\0")
     return state.hexdigest()[:20]
 
 

@@ -104,8 +104,12 @@ def test_cache_key_depends_on_code_and_configuration_and_not_on_messages(
     assert kbuild.digest(kernel, "1") != first
     patch.write_text("Subject: first" + body)
     assert kbuild.digest(kernel, "2") != first
-    (shim / "configs" / "guest.config").write_text("CONFIG_A=n\n")
-    assert kbuild.digest(kernel, "1") != first
+    config = shim / "configs" / "guest.config"
+    config.write_text("# why\nCONFIG_A=y\n")
+    assert kbuild.digest(kernel, "1") == first
+    for other in ("CONFIG_A=n\n", "# CONFIG_A is not set\n"):
+        config.write_text(other)
+        assert kbuild.digest(kernel, "1") != first
 
 
 def test_options_dropped_by_kconfig_are_named(tmp_path: Path) -> None:
