@@ -88,6 +88,8 @@ def test_a_socket_bound_within_it_is_refused_and_the_process_goes_on(tmp_path: P
             time.sleep(0.01)
         with pytest.raises(Unsupported, match=r"a UNIX socket is bound to /bound within the root directory"):
             capture(child.pid)
-        assert Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+        while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < deadline  # on its way into its sleep again
+            time.sleep(0.01)
     finally:
         kill_and_reap(child)
