@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact soft-dirty by the patch, by emulation and not at all, on the same traces, beside uffd-wp where it works.
 
-    python -m benchmarks.precision [--backends soft-dirty,barrier-soft-dirty,...] [--seeds 3] [--cycles 6] [--repeats 3]
+    python -m benchmarks.precision [--backends soft-dirty,barrier-soft-dirty,...] [--only NAME,...]
+                                   [--seeds 3] [--cycles 6] [--repeats 3]
 
 A trace is a list of commands for tests/programs/oracle_target.c: the pattern of the mailing-list thread (new memory
 beside old), a heap that grows, holes that are filled one by one, mappings moved over the seam between old and new,
-memory with a userfaultfd of the target's own, and seeds of the oracle's random generator. Real programs, CPython and
-redis, do the same work in each run. A figure is the median of the repeats, with the range where they differ. At every
-cycle the target is frozen, the tracker collects, and an independent reader reads all anonymous memory: *changed*
-differs from the cycle before, *missed* was called clean and changed (must be 0), *over* was called dirty and did not.
-*kernel* is what the kernel's own bits said, of all private memory. VMAs are those of the target at the end, *failed*
-the commands of the trace that failed; what fails under a tracker and not untracked is its side effect.
+memory with a userfaultfd of the target's own, asked for before it is tracked or while it is, and seeds of the
+oracle's random generator. Real programs, CPython and redis, do the same work in each run. A figure is the median of
+the repeats, with the range where they differ. At every cycle the target is frozen, the tracker collects, and an
+independent reader reads all anonymous memory: *changed* differs from the cycle before, *missed* changed and was not
+called dirty (must be 0), *over* was called dirty and did not. *kernel* is what the kernel's own bits said, of all
+private memory; *unmarked* changed while the soft-dirty bit called it clean: a tracker that believes the bits loses
+it. VMAs are those of the target at the end, *failed* the commands of the trace that failed; what fails under a
+tracker and not untracked is its side effect.
 
 Counts, so an emulated machine will do; the time to collect is printed for what it is worth.
 """
@@ -19,13 +22,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +38,7 @@ import numpy as np
 from checkpointd import features
 from checkpointd.errors import CheckpointError
 from checkpointd.linux import pagemap_scan as ps
-from checkpointd.memory import Vma, VmaKind, intersect_runs, merge_runs, pages_of, runs_of
+from checkpointd.memory import PageNumbers, Runs, Vma, VmaKind, intersect_runs, merge_runs, pages_of, runs_of
 from checkpointd.procfs import maps
 from checkpointd.target.freeze import freeze
 from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
@@ -66,7 +70,7 @@ class Row:
     backend: str
     changed: int = 0
     kernel: int = 0
-    dirty: int = 0
+    unmarked: int = 0
     missed: int = 0
     over: int = 0
     nr_vmas: int = 0
@@ -80,11 +84,13 @@ class Row:
 
 def cells(rows: Sequence[Row]) -> list[str]:
     """One line of the table, of repeated runs."""
-    figures = ("changed", "missed", "over", "kernel", "nr_vmas", "failed", "median_us")
+    # bits that no such tracker is asked about say nothing
+    silent = () if "soft-dirty" in rows[0].backend else ("unmarked",)
+    figures = ("changed", "missed", "over", "kernel", "unmarked", "nr_vmas", "failed", "median_us")
     return [
         rows[0].trace,
         rows[0].backend,
-        *(_spread([getattr(row, name) for row in rows]) for name in figures),
+        *("" if name in silent else _spread([getattr(row, name) for row in rows]) for name in figures),
     ]
 
 
@@ -109,12 +115,14 @@ class Observer:
                 with frozen.inject() as remote:
                     self._tracker, _ = make_tracker(self.row.backend, self.pid, remote, features.probe())
             vmas = tuple(maps.read_smaps(self.pid))
+            anonymous = [(vma.first_page, vma.nr_pages) for vma in vmas if vma.kind is VmaKind.ANON]
+            # the tracker clears the bits
+            marked = marked_pages(self.pid, anonymous) if "soft-dirty" in self.row.backend else None
             found = self._collect(vmas)
             seen = truth.take(self.pid).private
-        anonymous = [(vma.first_page, vma.nr_pages) for vma in vmas if vma.kind is VmaKind.ANON]
-        self._anonymous = np.array(anonymous, dtype=np.uint64).reshape(-1, 2)
         if self._before is not None and found is not None:
-            self._judge(found, seen)
+            runs = np.array(anonymous, dtype=np.uint64).reshape(-1, 2)
+            judge(self.row, found, self._before, seen, runs, marked)
         self._before = seen
         self.row.nr_vmas = len(maps.read_maps(self.pid))
 
@@ -133,27 +141,53 @@ class Observer:
         self._tracker.commit()
         return found
 
-    def _judge(self, found: Collection, seen: truth.Contents) -> None:
-        assert self._before is not None
-        # private pages of files are read each time, whatever the tracker
-        clean, dirty = (
-            pages_of(intersect_runs(merge_runs(runs), self._anonymous)) for runs in (found.clean, found.dirty)
-        )
-        at = np.searchsorted(self._before.pages, seen.pages)
-        at[at == len(self._before.pages)] = 0
-        known = self._before.pages[at] == seen.pages
-        same = np.zeros(len(seen.pages), dtype=bool)
-        same[known] = (self._before.data[at[known]] == seen.data[known]).all(axis=1)
-        changed = pages_of(intersect_runs(runs_of(seen.pages[~same]), self._anonymous))
-        self.row.changed += len(changed)
-        self.row.kernel += found.nr_reported
-        self.row.dirty += len(dirty)
-        self.row.missed += int(np.isin(clean, changed).sum())
-        self.row.over += int((~np.isin(dirty, changed)).sum())
-
     def close(self) -> None:
         if self._tracker is not None:
             self._tracker.disarm()
+
+
+def marked_pages(pid: int, runs: Sequence[tuple[int, int]]) -> PageNumbers:
+    """The pages in `runs` that the kernel's own soft-dirty bit calls written, sorted."""
+    found = []
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        for first, nr_pages in runs:
+            words = np.frombuffer(os.pread(pagemap.fileno(), nr_pages * 8, first * 8), dtype=np.uint64)
+            found.append(
+                np.flatnonzero(words & np.uint64(ps.PM_SOFT_DIRTY)).astype(np.uint64) + np.uint64(first)
+            )
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.uint64)
+
+
+def judge(
+    row: Row,
+    found: Collection,
+    before: truth.Contents,
+    seen: truth.Contents,
+    anonymous: Runs,
+    marked: PageNumbers | None = None,
+) -> None:
+    """Add to `row` what a tracker found beside what differs, of anonymous memory alone.
+
+    Pages of private mappings of files are read each time, whatever the tracker.
+
+    Args:
+        marked: pages the kernel's soft-dirty bits call written; None where there are none.
+    """
+    dirty = pages_of(intersect_runs(merge_runs(found.dirty), anonymous))
+    at = np.searchsorted(before.pages, seen.pages)
+    at[at == len(before.pages)] = 0
+    same = np.zeros(len(seen.pages), dtype=bool)
+    if len(before.pages):
+        known = before.pages[at] == seen.pages
+        same[known] = (before.data[at[known]] == seen.data[known]).all(axis=1)
+    changed = pages_of(intersect_runs(runs_of(seen.pages[~same]), anonymous))
+    row.changed += len(changed)
+    row.kernel += found.nr_reported
+    # called clean, or not named at all
+    row.missed += int((~np.isin(changed, dirty)).sum())
+    row.over += int((~np.isin(dirty, changed)).sum())
+    if marked is not None:
+        row.unmarked += int((~np.isin(changed, marked)).sum())
 
 
 def trace_neighbour(cycles: int) -> list[str]:
@@ -191,17 +225,16 @@ def trace_holes(cycles: int) -> list[str]:
 
 
 def trace_seam(cycles: int) -> list[str]:
-    """New memory behind old, then both moved together: one mapping for the program, maybe two for the kernel."""
-    lines = ["map 0 anon 0 12", "write 0 fill 0 12 100", "freeze"]
+    """New memory behind old, then both moved together: one mapping for the program, maybe two for the kernel.
+
+    Each cycle has old memory of its own: what was moved lies at an offset that no new mapping merges with.
+    """
+    lines = [line for n in range(cycles) for line in (f"map {n} anon 0 12", f"write {n} fill 0 12 100")]
+    lines += [f"unmap {n} part 6 6" for n in range(cycles)]
+    lines += ["freeze"]
     for n in range(cycles):
-        k = n % 18 + 1
-        lines += [
-            "unmap 0 part 6 6",
-            f"over {k} anon 6 6 0 0",
-            f"write {k} fill 0 6 {n}",
-            "remap 0 move 0 0",
-            "freeze",
-        ]
+        k = cycles + n
+        lines += [f"over {k} anon 6 6 0 {n}", f"write {k} fill 0 6 {n}", f"remap {n} move 0 0", "freeze"]
     return lines
 
 
@@ -220,6 +253,14 @@ def trace_own_userfaultfd(cycles: int) -> list[str]:
             ]
         lines += ["freeze"]
     return [*lines, "uffd 1 off 0 1 0"]
+
+
+def trace_late_userfaultfd(cycles: int) -> list[str]:
+    """The target asks for a userfaultfd on memory that is tracked already, once a cycle."""
+    lines = ["map 0 anon 0 30", "write 0 fill 0 30 100", "freeze"]
+    for n in range(cycles):
+        lines += [f"write 0 byte {3 * n} 1 {n}", "uffd 0 on 0 1 0", "freeze"]
+    return lines
 
 
 def play(name: str, lines: Sequence[str], backend: str) -> Row:
@@ -253,7 +294,8 @@ def running(argv: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def program_python(backend: str, cycles: int) -> Row:
-    row = Row("CPython, growing dict", backend)
+    """A dict that grows by 1,000 lists a cycle."""
+    row = Row("CPython", backend)
     with running([sys.executable, "-c", PYTHON]) as child:
         assert child.stdin and child.stdout
         child.stdout.readline()
@@ -269,7 +311,8 @@ def program_python(backend: str, cycles: int) -> Row:
 
 
 def program_redis(backend: str, cycles: int) -> Row:
-    row = Row("redis, 500 new keys a cycle", backend)
+    """500 new keys a cycle, beside 5,000."""
+    row = Row("redis", backend)
     directory = tempfile.mkdtemp(prefix="precision-")
     path = Path(directory) / "s"
     argv = ["redis-server", "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", directory]
@@ -299,6 +342,28 @@ def program_redis(backend: str, cycles: int) -> Row:
     return row
 
 
+TRACES = (
+    trace_neighbour,
+    trace_heap,
+    trace_holes,
+    trace_seam,
+    trace_own_userfaultfd,
+    trace_late_userfaultfd,
+)
+PROGRAMS = {"CPython": program_python, "redis": program_redis}
+
+
+def traces_of(cycles: int, nr_seeds: int) -> dict[str, list[str]]:
+    """The commands of each trace, by its name in the table."""
+    found = {make.__name__.removeprefix("trace_").replace("_", " "): make(cycles) for make in TRACES}
+    for seed in range(1, nr_seeds + 1):
+        lines = history.generate(seed, nr_freezes=cycles, ops_per_freeze=30)
+        found[f"random {seed}"] = [
+            line for line in lines if line.split()[0] not in ("ring", "uffd", "stormfreeze")
+        ]
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.precision", description="Page sets side by side."
@@ -307,36 +372,27 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="histories of the random generator")
     parser.add_argument("--cycles", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=1, help="runs of each trace and program")
-    parser.add_argument("--without", default="", help="leave these out: traces, random, python, redis")
+    parser.add_argument(
+        "--only", default="", help="these traces and programs alone, by their names in the table"
+    )
     args = parser.parse_args()
-    left_out = set(args.without.split(","))
-    jobs: list[tuple[str, Callable[[str], Row]]] = []
-
-    def add(name: str, lines: list[str]) -> None:
-        jobs.append((name, lambda backend: play(name, lines, backend)))
-
-    if "traces" not in left_out:
-        for make in (trace_neighbour, trace_heap, trace_holes, trace_seam, trace_own_userfaultfd):
-            add(make.__name__.removeprefix("trace_").replace("_", " "), make(args.cycles))
-    if "random" not in left_out:
-        for seed in range(1, args.seeds + 1):
-            lines = history.generate(seed, nr_freezes=args.cycles, ops_per_freeze=30)
-            add(
-                f"random {seed}",
-                [line for line in lines if line.split()[0] not in ("ring", "uffd", "stormfreeze")],
-            )
-    if "python" not in left_out:
-        jobs.append(("python", lambda backend: program_python(backend, args.cycles)))
-    if "redis" not in left_out and shutil.which("redis-server"):
-        jobs.append(("redis", lambda backend: program_redis(backend, args.cycles)))
+    traces = traces_of(args.cycles, args.seeds)
+    names = args.only.split(",") if args.only else [*traces, *PROGRAMS]
+    if unknown := set(names) - {*traces, *PROGRAMS}:
+        parser.error(f"no such trace or program: {', '.join(sorted(unknown))}")
     print(f"kernel {os.uname().release}")
-    print("| trace | backend | changed | missed | over | kernel | VMAs | failed | collect us |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| trace | backend | changed | missed | over | kernel | unmarked | VMAs | failed | collect us |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     missed = 0
-    for name, job in jobs:
-        if name not in ("python", "redis"):
-            untracked = job("")
-            print(f"| {name} | untracked | | | | | | {untracked.failed} | |", flush=True)
+    for name in names:
+        if name in traces:
+            job = functools.partial(play, name, traces[name])
+            print(f"| {name} | untracked | | | | | | | {job('').failed} | |", flush=True)
+        elif name == "redis" and not shutil.which("redis-server"):
+            print("| redis | not installed |", flush=True)
+            continue
+        else:
+            job = functools.partial(PROGRAMS[name], cycles=args.cycles)
         for backend in args.backends.split(","):
             try:
                 rows = [job(backend) for _ in range(args.repeats)]
