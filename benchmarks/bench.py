@@ -2,8 +2,9 @@
 """The cases.  Each measures its limit in the same run, after warm-up rounds of both.
 
 Why warm-up, and medians: where the hypervisor takes back free memory, the first touch of memory that lay free for
-seconds costs a multiple; one cold round says nothing.  Before each measurement free memory is touched once.  Dumps go
-through the command and the service, as a user's do.
+seconds costs a multiple; one cold round says nothing.  Before what takes fresh memory (full dumps, restores) free
+memory is touched once; not before a stop, which takes none and would find its caches emptied.  Dumps go through the
+command and the service, as a user's do.
 """
 
 from __future__ import annotations
@@ -322,11 +323,11 @@ class Bench:
             self.forget()
 
     def _dump(self, target: Target, *words: str) -> dict[str, Any]:
-        self.warm(target)
         return self.checkpoint.dump(target.pid, "--compress", "none", *words)
 
     def _dump_and_forget(self, target: Target, *words: str) -> dict[str, Any]:
         """All images but the new one are removed: a page worker still holds its last one's files."""
+        self.warm(target)
         stats = self._dump(target, *words)
         self.forget(but=stats["image_id"])
         return stats

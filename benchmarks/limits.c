@@ -52,7 +52,7 @@ static double now(void)
 static void *fresh(size_t size, int huge);
 
 // Where a hypervisor takes back memory that lay free for seconds, the next touch of it costs a multiple.  What is to be
-// measured is not that: free memory is touched once before each measurement, of the limits and of ours.
+// measured is not that: free memory is touched once before each measurement that takes some, of the limits and of ours.
 static void warm(size_t size, int huge)
 {
 	char *at = fresh(size, huge);
@@ -67,7 +67,8 @@ static void wait_for_turn(int round, size_t size, int huge)
 	fflush(stdout);
 	while (round >= 0 && c != '\n' && c != EOF)
 		c = getchar();
-	warm(size + size / 4, huge);
+	if (size)
+		warm(size + size / 4, huge);
 }
 
 static void die(const char *what)
@@ -146,7 +147,7 @@ static void stop_floor(size_t size, unsigned long permille, int rounds)
 	if (ptrace(PTRACE_SEIZE, pid, 0, 0))
 		die("seize");
 	for (int r = -2; r < rounds; r++) {
-		wait_for_turn(r, size, 0);
+		wait_for_turn(r, 0, 0);
 		if (write(go[1], "g", 1) != 1)
 			die("go");
 		wait_done(done);
