@@ -153,7 +153,7 @@ class _Restorer:
         self.objects = Objects(self.space, self.opener, opened_for_writing)
         self.boot_id = process.boot_id()
         self.held: dict[int, Runs] = {}  # of pools of huge pages
-        self.switches: dict[int, Switches] = {}  # of each thread when it was let go
+        self.switches: dict[int, Switches] = {}  # of each sleeping thread when it was let go
         self._phase_started_ns = time.monotonic_ns()
 
     # ---- conducting
@@ -469,8 +469,10 @@ class _Restorer:
         if state.stopped:
             os.kill(stub.pid, signals_of_python.SIGSTOP)
         hit("restore.releasing")
+        sleepers = {tids[thread.tid] for thread in state.threads if thread.sleep is not None}
         for tid in sorted(finals, key=lambda one: one == stub.pid):  # the leader last
-            self.switches[tid] = Switches(None, read_switches(stub.pid, tid))
+            if tid in sleepers:
+                self.switches[tid] = Switches(None, read_switches(stub.pid, tid))
             with contextlib.suppress(ProcessLookupError):
                 ptrace.detach(tid)
         self._mark("release")
