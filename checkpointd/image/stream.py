@@ -148,10 +148,13 @@ def _fetch(batch: _Batch, buffers: _Buffers, reader: DeltaReader, digest_seed: i
         reader.apply(buffers.read, slots[based], batch.deltas[based])
     if digest_seed is not None:
         _check_digests(batch, buffers.read[slots], based, reader, digest_seed)
-    objs = np.unique(batch.objs)
+    first = batch.objs[
+        0
+    ]  # nearly always the only one, and sorting them costs more than this whole function does
+    objs = [int(first)] if bool((batch.objs == first).all()) else np.unique(batch.objs).tolist()
     chunks: list[Chunk] = []
     nr_gathered = 0
-    for obj in objs.tolist():
+    for obj in objs:
         pages = batch.pages
         mine = slots
         if len(objs) > 1:

@@ -2,8 +2,9 @@
 """Writing an image's pages into the new process and its shared objects.
 
 Two threads read the image and write at once (a page fault each 4 KiB is what costs time, and faults run in parallel),
-each what it has just read; places that are not writable go through /proc/PID/mem on the tracer's thread, since a
-kernel may let only the tracer itself do that.  Zero pages are not written where memory reads zero anyhow.
+each what it has just read: into anonymous memory that holds nothing yet as `fresh` does, elsewhere by
+process_vm_writev(2).  Places that are not writable go through /proc/PID/mem on the tracer's thread, since a kernel may
+let only the tracer itself do that.  Zero pages are not written where memory reads zero anyhow.
 
 Memory that was of huge pages is made so again before it is written (`plan.huge_steps`).
 """
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from checkpointd.errors import CheckpointError, ImageDamaged
 from checkpointd.linux.process_vm_write import write_runs
 from checkpointd.memory import PAGE_SHIFT, PAGE_SIZE, PRIVATE_OBJECT, PageNumbers, VmaKind, runs_of
+from checkpointd.restore.fresh import MIN_RUN_PAGES, FreshMemory
 from checkpointd.restore.objects import Objects
 from checkpointd.restore.plan import is_filled_writable
 from checkpointd.restore.stub import Stub
@@ -47,21 +49,26 @@ class PageSource(Protocol):
 class _Map:
     """Which VMA a page is in, for whole arrays of pages."""
 
-    def __init__(self, space: AddressSpace) -> None:
+    def __init__(self, space: AddressSpace, fresh: set[int]) -> None:
         vmas = [vma for vma in space.vmas if vma.kind not in _NO_WRITES]
         self.starts = np.array([vma.start >> PAGE_SHIFT for vma in vmas], dtype=np.uint64)
         self.ends = np.array([vma.end >> PAGE_SHIFT for vma in vmas], dtype=np.uint64)
         self.writable = np.array([is_filled_writable(vma) for vma in vmas], dtype=bool)
+        self.fresh = np.array([vma.start in fresh for vma in vmas], dtype=bool)
         self.of_file = np.array(
             [not vma.shared and (vma.file is not None or vma.object is not None) for vma in vmas], dtype=bool
         )
 
     def find(self, pages: PageNumbers) -> npt.NDArray[np.intp]:
-        """Index of each page's VMA.
+        """Index of each page's VMA; `pages` are sorted.
 
         Raises:
             ImageDamaged: a page is in none.
         """
+        if len(pages) > 2:  # most are of one VMA
+            first, last = self.find(pages[[0, -1]]).tolist()
+            if first == last:
+                return np.full(len(pages), first, dtype=np.intp)
         at = np.searchsorted(self.starts, pages, side="right") - 1
         if len(pages) and (int(at.min()) < 0 or bool((pages >= self.ends[at]).any())):
             raise ImageDamaged("the image holds pages outside of its mappings")
@@ -75,7 +82,6 @@ def fill(stub: Stub, image: PageSource, space: AddressSpace, objects: Objects, p
         ImageDamaged: a block is damaged, or pages do not fit the mappings.
         OSError: the process or its memory is gone.
     """
-    table = _Map(space)
     known = {one.id for one in space.objects}
     total = sum(
         len(image.pages(obj)) - len(image.zero_pages(obj))
@@ -85,15 +91,20 @@ def fill(stub: Stub, image: PageSource, space: AddressSpace, objects: Objects, p
     for obj in known:
         objects.empty(obj)
         objects.take(obj, image.pages(obj))
-    work = _Work(stub, table, objects, known)
-    with ThreadPoolExecutor(1, thread_name_prefix="restore-fill") as pool:
-        visiting = pool.submit(image.visit, work.visit, threads=_NR_THREADS)
-        visiting.add_done_callback(lambda _: work.news.put(None))
-        try:
-            done = work.follow(lambda nr: progress("memory", nr, total))
-        finally:
-            work.stop()
-        visiting.result()
+    fresh = FreshMemory(stub, space)
+    table = _Map(space, fresh.starts)
+    work = _Work(stub, table, fresh, objects, known)
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="restore-fill") as pool:
+            visiting = pool.submit(image.visit, work.visit, threads=_NR_THREADS)
+            visiting.add_done_callback(lambda _: work.news.put(None))
+            try:
+                done = work.follow(lambda nr: progress("memory", nr, total))
+            finally:
+                work.stop()
+            visiting.result()
+    finally:
+        fresh.close()
     _write_zeros(stub, table, image.zero_pages(PRIVATE_OBJECT))
     return done
 
@@ -105,8 +116,10 @@ class _Work:
         news: (pages done, pages and bytes for the tracer to write or None); None at the end.
     """
 
-    def __init__(self, stub: Stub, table: _Map, objects: Objects, known: set[int]) -> None:
-        self.stub, self.table, self.objects, self.known = stub, table, objects, known
+    def __init__(
+        self, stub: Stub, table: _Map, fresh: FreshMemory, objects: Objects, known: set[int]
+    ) -> None:
+        self.stub, self.table, self.fresh, self.objects, self.known = stub, table, fresh, objects, known
         self.news: queue.SimpleQueue[tuple[int, tuple[PageNumbers, Bytes] | None] | None] = (
             queue.SimpleQueue()
         )
@@ -129,15 +142,40 @@ class _Work:
     def _write_private(self, pages: PageNumbers, data: Bytes) -> tuple[PageNumbers, Bytes] | None:
         """Write what can be; what the tracer must write is copied."""
         forced = None
-        writable = self.table.writable[self.table.find(pages)]
+        at = self.table.find(pages)
+        writable = self.table.writable[at]
         if not writable.all():
             rows = data.reshape(-1, PAGE_SIZE)
             self._room.acquire()
             forced = pages[~writable], rows[~writable].reshape(-1)
-            pages, data = pages[writable], rows[writable].reshape(-1)
+            pages, data, at = pages[writable], rows[writable].reshape(-1), at[writable]
+        if len(pages):
+            self._write_writable(pages, data, self.table.fresh[at], at)
+        return forced
+
+    def _write_writable(
+        self, pages: PageNumbers, data: Bytes, fresh: npt.NDArray[np.bool_], at: npt.NDArray[np.intp]
+    ) -> None:
+        """Long runs in fresh memory one by one, all others together.
+
+        Args:
+            at: the VMA of each page; a run ends with it.
+        """
+        if fresh.any():
+            ends = np.flatnonzero((pages[1:] != pages[:-1] + np.uint64(1)) | (at[1:] != at[:-1])) + 1
+            bounds = np.concatenate(([0], ends, [len(pages)]))
+            is_long = (np.diff(bounds) >= MIN_RUN_PAGES) & fresh[bounds[:-1]]
+            done = 0  # pages
+            for first, end in zip(bounds[:-1][is_long].tolist(), bounds[1:][is_long].tolist(), strict=True):
+                self._write_over(pages[done:first], data[done * PAGE_SIZE : first * PAGE_SIZE])
+                wrote = self.fresh.write(int(pages[first]), data[first * PAGE_SIZE : end * PAGE_SIZE])
+                done = first + wrote // PAGE_SIZE
+            pages, data = pages[done:], data[done * PAGE_SIZE :]
+        self._write_over(pages, data)
+
+    def _write_over(self, pages: PageNumbers, data: Bytes) -> None:
         if len(pages):
             write_runs(self.stub.pid, runs_of(pages) << np.uint64(PAGE_SHIFT), data)
-        return forced
 
     def follow(self, progress: Callable[[int], None]) -> int:
         """On the tracer's thread, until the image is through; the number of pages."""
