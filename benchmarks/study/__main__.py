@@ -44,10 +44,16 @@ def main() -> int:
     parser.add_argument("--full", type=Path, default=ROOT / "build" / "study", help="the full records")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "savings.md")
     parser.add_argument("--render-only", action="store_true")
+    parser.add_argument(
+        "--packages", action="store_true", help="only print the Debian packages that are missing"
+    )
     args = parser.parse_args()
     names = args.names or list(WORKLOADS)
     if unknown := set(names) - set(WORKLOADS):
         parser.error(f"no such program: {', '.join(sorted(unknown))}")
+    if args.packages:
+        print(*sorted({package for name in names for _, package in WORKLOADS[name].missing()}))
+        return 0
     places = args.where.split(",")
     if unknown := set(places) - {NATIVE, COST, *GUEST_BACKENDS}:
         parser.error(f"no such place: {', '.join(sorted(unknown))}")

@@ -48,10 +48,17 @@ class Workload:
     run: Callable[[Path], contextlib.AbstractContextManager[tuple[int, Probe | None]]]
     needs: tuple[tuple[str, str], ...] = ()  # (program, Debian package)
 
+    def missing(self) -> list[tuple[str, str]]:
+        """Of what it needs."""
+        return [
+            (program, package)
+            for program, package in self.needs
+            if not (Path(program).exists() if "/" in program else shutil.which(program, path=PATH))
+        ]
+
     def check(self) -> None:
-        for program, package in self.needs:
-            if not (Path(program).exists() if "/" in program else shutil.which(program, path=PATH)):
-                raise Skipped(f"{program} is missing: apt install {package}")
+        for program, package in self.missing():
+            raise Skipped(f"{program} is missing: apt install {package}")
 
 
 class Processes:
@@ -431,7 +438,10 @@ WORKLOADS = {
             (("memcached", "memcached"), ("memcslap", "libmemcached-tools")),
         ),
         Workload(
-            "postgresql", "a PostgreSQL backend, pgbench", postgres, (("pgbench", "postgresql-contrib"),)
+            "postgresql",
+            "a PostgreSQL backend, pgbench",
+            postgres,
+            (("pgbench", "postgresql-contrib"), ("/usr/lib/postgresql", "postgresql")),
         ),
         Workload(
             "nginx", "an nginx worker with gzip, wrk", nginx, (("nginx", "nginx-light"), ("wrk", "wrk"))
