@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +17,8 @@ from checkpointd.restore import fresh
 from checkpointd.restore.fresh import FreshMemory
 from checkpointd.restore.stub import Stub
 from checkpointd.state.memory import AddressSpace
-from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore
+from tests.programs.restore_harness import Captured, capture, restore
+from tests.programs.rounds import RoundsTarget
 
 pytestmark = pytest.mark.needs("root", "ptrace", "set_tid")
 
@@ -49,36 +47,7 @@ while True:
 """
 
 
-class Target:
-    def __init__(self, directory: Path) -> None:
-        self.out = directory / "out"
-        self.child = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, self.out],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=(directory / "err").open("wb"),
-            start_new_session=True,
-        )
-        self.pid = self.child.pid
-        self.wait_rounds(1)
-
-    def _read(self) -> list[int]:
-        try:
-            return [int(word) for word in self.out.read_text().split()]
-        except OSError:
-            return []
-
-    def wait_rounds(self, nr: int) -> None:
-        first = (self._read() or [0])[0]
-        deadline = time.monotonic() + 60
-        while True:
-            now = self._read()
-            if len(now) == 2 and now[0] >= first + nr:
-                assert now[1] == 1, "the memory differs"
-                return
-            assert time.monotonic() < deadline, self.out.with_name("err").read_text()
-            time.sleep(0.01)
-
+class Target(RoundsTarget):
     def mappings(self) -> list[tuple[int, int, int, frozenset[str]]]:
         """Of anonymous memory; without what says that pages are dirty."""
         return [
@@ -87,13 +56,10 @@ class Target:
             if vma.kind == "anon"
         ]
 
-    def kill(self) -> None:
-        kill_and_reap(self.child if self.child.poll() is None else self.pid)
-
 
 @pytest.fixture
 def target(tmp_path: Path) -> Iterator[Target]:
-    found = Target(tmp_path)
+    found = Target(PROGRAM, tmp_path)
     yield found
     found.kill()
 

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +12,8 @@ import pytest
 from checkpointd.procfs import maps
 from checkpointd.restore import plan
 from demo.command import Checkpoint
-from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore
+from tests.programs.restore_harness import Captured, capture, restore
+from tests.programs.rounds import RoundsTarget
 
 pytestmark = pytest.mark.needs("root", "ptrace", "set_tid", "transparent_huge")
 
@@ -52,43 +50,13 @@ while True:
 """
 
 
-class Target:
-    def __init__(self, how: str, directory: Path) -> None:
-        self.out = directory / "out"
-        self.child = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, how, self.out],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=(directory / "err").open("wb"),
-            start_new_session=True,
-        )
-        self.pid = self.child.pid
-        self.wait_rounds(1)
-
-    def _read(self) -> list[int]:
-        try:
-            return [int(word) for word in self.out.read_text().split()]
-        except OSError:
-            return []
-
-    def wait_rounds(self, nr: int) -> None:
-        first = (self._read() or [0])[0]
-        deadline = time.monotonic() + 60
-        while True:
-            now = self._read()
-            if len(now) == 3 and now[0] >= first + nr:
-                assert now[1] == 1, "the memory differs"
-                return
-            assert time.monotonic() < deadline, self.out.with_name("err").read_text()
-            time.sleep(0.01)
+class Target(RoundsTarget):
+    """Its third number is where the memory in question lies."""
 
     def memory(self) -> maps.Vma:
         """The mapping in question."""
-        at = self._read()[2]
+        at = self.read()[2]
         return next(vma for vma in maps.read_smaps(self.pid) if vma.start <= at < vma.end)
-
-    def kill(self) -> None:
-        kill_and_reap(self.child if self.child.poll() is None else self.pid)
 
 
 @pytest.fixture
@@ -96,7 +64,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Target]]:
     started: list[Target] = []
 
     def run(how: str) -> Target:
-        started.append(Target(how, tmp_path))
+        started.append(Target(PROGRAM, tmp_path, how))
         return started[-1]
 
     yield run
