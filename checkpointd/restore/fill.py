@@ -75,8 +75,19 @@ class _Map:
         return at
 
 
-def fill(stub: Stub, image: PageSource, space: AddressSpace, objects: Objects, progress: Progress) -> int:
+def fill(
+    stub: Stub,
+    image: PageSource,
+    space: AddressSpace,
+    objects: Objects,
+    progress: Progress,
+    *,
+    dumped_on: str,
+) -> int:
     """Write everything; the number of pages.
+
+    Args:
+        dumped_on: release of the kernel that the image is from.
 
     Raises:
         ImageDamaged: a block is damaged, or pages do not fit the mappings.
@@ -91,7 +102,7 @@ def fill(stub: Stub, image: PageSource, space: AddressSpace, objects: Objects, p
     for obj in known:
         objects.empty(obj)
         objects.take(obj, image.pages(obj))
-    fresh = FreshMemory(stub, space)
+    fresh = FreshMemory(stub, space, dumped_on)
     table = _Map(space, fresh.starts)
     work = _Work(stub, table, fresh, objects, known)
     try:

@@ -5,6 +5,10 @@ A write to a page that is not there makes the kernel clear it first, and then be
 page, fills it and maps it.  The VMA has to be registered with a userfaultfd; write-protect mode is taken, with nothing
 protected, so that any other way to write works there as well, and `close` gives all VMAs back as they were.
 
+Neighbours of one kind are registered together, also those that are written otherwise: VMAs that differed in this while
+pages came would never merge again, even with the registration gone (their anon_vma is not shared), and mremap(2) over
+both would fail.
+
 Left out is what must be of huge pages (UFFDIO_COPY makes small ones), and short runs of pages, which cost less together
 in one process_vm_writev(2).  Where there is no userfaultfd nothing is fresh, and no error.
 
@@ -16,6 +20,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +30,7 @@ from checkpointd.linux import pidfd
 from checkpointd.linux import userfaultfd as uffd
 from checkpointd.linux.arch import Nr
 from checkpointd.memory import PAGE_SHIFT, VmaKind
-from checkpointd.restore.plan import is_filled_writable
+from checkpointd.restore.plan import FLAGS_BEFORE_CONTENT, is_filled_writable
 from checkpointd.restore.stub import Stub
 from checkpointd.state.memory import AddressSpace, VmaState
 from checkpointd.target.remote import Call
@@ -32,43 +38,58 @@ from checkpointd.target.remote import Call
 MIN_RUN_PAGES = 16
 """Shorter runs are for process_vm_writev(2): a call for each would cost more than clearing the pages."""
 _MIN_VMA_PAGES = 64
+_USERFAULTFD = Call(uffd.NR_USERFAULTFD, (os.O_CLOEXEC | os.O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY,))
+_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_KERNEL_TELLS_HUGE = (6, 7)  # PAGEMAP_SCAN
 
 
 class FreshMemory:
-    """Which mappings of the new process are filled this way, and doing it; safe for many threads."""
+    """Which mappings of the new process are filled this way, and doing it; safe for many threads.
 
-    def __init__(self, stub: Stub, space: AddressSpace) -> None:
-        self._vmas: list[VmaState] = []
+    Args:
+        dumped_on: release of the kernel that the image is from.
+
+    Attributes:
+        starts: first addresses of the VMAs, as a set.
+    """
+
+    def __init__(self, stub: Stub, space: AddressSpace, dumped_on: str) -> None:
+        self.starts: set[int] = set()
+        self._ranges: list[tuple[int, int]] = []
         self._fd = -1
-        wanted = [vma for vma in space.vmas if is_fresh(vma)]
-        if wanted:
-            self._open(stub, wanted)
+        # what was of huge pages without asking is not known from older kernels, and comes by itself where it did
+        unknown = not _tells_huge(dumped_on) and _makes_huge_pages()
+        wanted = {
+            vma.start for vma in space.vmas if is_fresh(vma) and not (unknown and "nh" not in vma.flags)
+        }
+        if wanted and self._open(stub):
+            for chain in chains(space):
+                inside = {vma.start for vma in chain} & wanted
+                if inside:
+                    self._register(chain[0].start, chain[-1].end, inside)
 
-    def _open(self, stub: Stub, wanted: list[VmaState]) -> None:
-        number = stub.batch(
-            [Call(uffd.NR_USERFAULTFD, (os.O_CLOEXEC | os.O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY,))]
-        )[0]
+    def _open(self, stub: Stub) -> bool:
+        """Make the userfaultfd, if one can be had."""
+        number = stub.batch([_USERFAULTFD])[0]
         if number < 0:
-            return
-        process_fd = pidfd.pidfd_open(stub.pid)
+            return False
         try:
-            self._fd = pidfd.pidfd_getfd(process_fd, number)
-        finally:
-            os.close(process_fd)
-            stub.call(int(Nr.CLOSE), number)
-        try:
+            process_fd = pidfd.pidfd_open(stub.pid)
+            try:
+                self._fd = pidfd.pidfd_getfd(process_fd, number)
+            finally:
+                os.close(process_fd)
             uffd.handshake(self._fd, uffd.FEATURE_PAGEFAULT_FLAG_WP)
-            for vma in wanted:
-                uffd.register_wp(self._fd, vma.start, vma.end)
-                self._vmas.append(vma)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EPERM, errno.EBUSY):
-                raise  # else: a kernel or a kind of memory without write-protect mode
+        except OSError:  # an old kernel, a security module: this is but one way to fill memory
+            self.close()
+        stub.call(int(Nr.CLOSE), number)
+        return self._fd >= 0
 
-    @property
-    def starts(self) -> set[int]:
-        """First addresses of the VMAs."""
-        return {vma.start for vma in self._vmas}
+    def _register(self, start: int, end: int, starts: set[int]) -> None:
+        with contextlib.suppress(OSError):  # below the lowest address that may be mapped, too many VMAs
+            uffd.register_wp(self._fd, start, end)
+            self._ranges.append((start, end))
+            self.starts |= starts
 
     def write(self, first_page: int, data: npt.NDArray[np.uint8]) -> int:
         """Fill adjacent pages of one of these VMAs; bytes done: less than asked if a page was there already."""
@@ -89,13 +110,14 @@ class FreshMemory:
         Leaving write-protect mode walks all page tables to lift protection, a tenth of the time of the whole fill.
         There is none, so another mode is entered first.
         """
-        if self._fd < 0:
-            return
-        with contextlib.suppress(OSError):  # else it takes longer
-            for vma in self._vmas:
-                uffd.register_missing(self._fd, vma.start, vma.end)
-        os.close(self._fd)
-        self._fd, self._vmas = -1, []
+        for start, end in self._ranges:
+            with contextlib.suppress(OSError):  # the process is gone; or closing does it, and takes longer
+                uffd.register_missing(self._fd, start, end)
+                uffd.unregister(self._fd, start, end)
+        self._ranges, self.starts = [], set()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def is_fresh(vma: VmaState) -> bool:
@@ -107,3 +129,33 @@ def is_fresh(vma: VmaState) -> bool:
         and not vma.huge
         and not vma.flags & {"hg", "dp"}
     )
+
+
+def chains(space: AddressSpace) -> list[list[VmaState]]:
+    """Adjacent private anonymous VMAs that differ in their protection alone while they are filled, in order.
+
+    These share an anon_vma, so they can merge when they are given one protection.
+    """
+    found: list[list[VmaState]] = []
+    for vma in space.vmas:
+        if vma.kind is not VmaKind.ANON:
+            continue
+        last = found[-1][-1] if found else None
+        if last and last.end == vma.start and not (last.flags ^ vma.flags) & FLAGS_BEFORE_CONTENT:
+            found[-1].append(vma)
+        else:
+            found.append([vma])
+    return found
+
+
+def _tells_huge(release: str) -> bool:
+    version = re.match(r"(\d+)\.(\d+)", release)
+    return version is not None and (int(version[1]), int(version[2])) >= _KERNEL_TELLS_HUGE
+
+
+def _makes_huge_pages() -> bool:
+    """Does the kernel here make huge pages unasked?"""
+    try:
+        return "[always]" in _THP.read_text()
+    except OSError:
+        return False

@@ -41,6 +41,8 @@ _PROT_EXEC = 4
 _ADVICE = {
     "rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18,
 }  # fmt: skip
+FLAGS_BEFORE_CONTENT = frozenset({*_ADVICE, "gd", "nr", "dp"})
+"""smaps flags that a mapping gets before its content; all others come after it."""
 _KERNEL_MADE = frozenset({VmaKind.VDSO, VmaKind.VVAR, VmaKind.VSYSCALL})
 _HOLE_MARGIN = 1 << 30
 

@@ -327,7 +327,9 @@ class _Restorer:
         self._mark("map")
         self._make_huge(stub)
         self._take_from_pools(stub)
-        nr_pages = fill(stub, self.image, self.space, self.objects, self.progress)
+        nr_pages = fill(
+            stub, self.image, self.space, self.objects, self.progress, dumped_on=state.host.kernel
+        )
         self.objects.close_views()
         self._mark("memory")
         self.progress("rebuilding", 0, 0)
