@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -15,10 +15,11 @@ import pytest
 
 from checkpointd.linux import pidfd
 from checkpointd.linux import userfaultfd as uffd
-from checkpointd.memory import PAGE_SHIFT, PAGE_SIZE, PRIVATE_OBJECT, VmaKind
+from checkpointd.memory import PAGE_SHIFT, PAGE_SIZE, PRIVATE_OBJECT, Vma, VmaKind
 from checkpointd.procfs import maps
 from checkpointd.restore import fresh
 from checkpointd.restore.fresh import FreshMemory
+from checkpointd.restore.restorer import RestoreOptions
 from checkpointd.restore.stub import Stub
 from checkpointd.state.memory import AddressSpace, VmaState
 from checkpointd.target.remote import Call
@@ -52,19 +53,9 @@ while True:
 """
 
 
-class Target(RoundsTarget):
-    def mappings(self) -> list[tuple[int, int, int, frozenset[str]]]:
-        """Of anonymous memory; without what says that pages are dirty."""
-        return [
-            (vma.start, vma.end, vma.prot, vma.flags - {"sd"})
-            for vma in maps.read_smaps(self.pid)
-            if vma.kind == "anon"
-        ]
-
-
 @pytest.fixture
-def target(tmp_path: Path) -> Iterator[Target]:
-    found = Target(PROGRAM, tmp_path)
+def target(tmp_path: Path) -> Iterator[RoundsTarget]:
+    found = RoundsTarget(PROGRAM, tmp_path)
     yield found
     found.kill()
 
@@ -83,25 +74,39 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def _bring_back(target: Target, meanwhile: Callable[[Captured], None] = lambda captured: None) -> None:
-    before = target.mappings()
+Mapping = tuple[int, int, int, frozenset[str]]
+
+
+def _anonymous(vmas: Iterable[Vma | VmaState]) -> set[Mapping]:
+    """Without what says that pages are dirty."""
+    return {(vma.start, vma.end, vma.prot, vma.flags - {"sd"}) for vma in vmas if vma.kind is VmaKind.ANON}
+
+
+def _bring_back(target: RoundsTarget, meanwhile: Callable[[Captured], None] = lambda captured: None) -> None:
+    """Dump, kill and restore; its anonymous mappings are what they were, before it runs on."""
     captured = capture(target.pid, kill=True)
     target.kill()
     meanwhile(captured)
-    restore(captured)
+    found: set[Mapping] = set()
+
+    def look(stub: Stub) -> None:
+        found.update(_anonymous(maps.read_smaps(stub.pid)))
+
+    restore(captured, options=RestoreOptions(wait_for_ids_s=20, before_release=look))
     target.wait_rounds(2)
-    assert target.mappings() == before
+    missing = _anonymous(captured.state.address_space.vmas) - found
+    assert found and not missing
 
 
-@pytest.mark.needs("uffd_wp")
-def test_long_runs_are_copied_into_fresh_memory(target: Target, copied: list[int]) -> None:
+@pytest.mark.needs("merge_barrier")  # a registration for write protection
+def test_long_runs_are_copied_into_fresh_memory(target: RoundsTarget, copied: list[int]) -> None:
     _bring_back(target)
     assert sum(copied) >= 7 * MIB
     assert min(copied) >= fresh.MIN_RUN_PAGES * PAGE_SIZE
 
 
 def test_memory_comes_back_where_there_is_no_userfaultfd(
-    target: Target, copied: list[int], monkeypatch: pytest.MonkeyPatch
+    target: RoundsTarget, copied: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fresh, "_USERFAULTFD", Call(9999, ()))
     _bring_back(target)
@@ -109,16 +114,16 @@ def test_memory_comes_back_where_there_is_no_userfaultfd(
 
 
 def test_memory_comes_back_where_write_protect_mode_is_unknown(
-    target: Target, copied: list[int], monkeypatch: pytest.MonkeyPatch
+    target: RoundsTarget, copied: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uffd, "FEATURE_PAGEFAULT_FLAG_WP", 1 << 62)
     _bring_back(target)
     assert not copied
 
 
-@pytest.mark.needs("uffd_wp")
+@pytest.mark.needs("merge_barrier")  # a registration for write protection
 def test_pages_that_are_there_already_are_written_over(
-    target: Target, copied: list[int], monkeypatch: pytest.MonkeyPatch
+    target: RoundsTarget, copied: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init: Callable[[FreshMemory, Stub, AddressSpace, str], None] = FreshMemory.__init__
     touched: list[int] = []
@@ -187,7 +192,7 @@ def test_parts_of_an_area_merge_again(tmp_path: Path, tail: int, flags: int) -> 
 
 @pytest.mark.parametrize("number", ["pidfd_getfd", "handshake", "register_wp"])
 def test_a_refused_userfaultfd_costs_time_and_nothing_else(
-    target: Target, copied: list[int], monkeypatch: pytest.MonkeyPatch, number: str
+    target: RoundsTarget, copied: list[int], monkeypatch: pytest.MonkeyPatch, number: str
 ) -> None:
     def refuse(*args: object) -> int:
         raise PermissionError(errno.EACCES, "as a security module may answer")

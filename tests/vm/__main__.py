@@ -32,6 +32,7 @@ TESTS = (
     "tests/vm/test_dumps.py",
     "tests/vm/test_kernel_measure.py",
     "tests/vm/test_precise_command.py",
+    "tests/integration/test_restore_fresh.py",
 )
 # two of the six seeds: the others run natively for the trackers that work there, and here with --all
 SELECTION = "not (inherited_pages and (-2] or -3] or -4] or -5]))"
