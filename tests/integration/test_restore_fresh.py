@@ -184,8 +184,7 @@ def test_parts_of_an_area_merge_again(tmp_path: Path, tail: int, flags: int) -> 
         target.kill()
         restore(captured)
         tmp_path.joinpath("out.go").touch()
-        target.wait_rounds(3)
-        assert target.read()[2] == -1
+        assert target.wait_rounds(3)[2] == -1
     finally:
         target.kill()
 

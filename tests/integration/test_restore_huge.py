@@ -53,9 +53,13 @@ while True:
 class Target(RoundsTarget):
     """Its third number is where the memory in question lies."""
 
+    def __init__(self, how: str, directory: Path) -> None:
+        super().__init__(PROGRAM, directory, how)
+        self.where = self.wait_rounds(1)[2]
+
     def memory(self) -> maps.Vma:
         """The mapping in question."""
-        at = self.read()[2]
+        at = self.where
         return next(vma for vma in maps.read_smaps(self.pid) if vma.start <= at < vma.end)
 
 
@@ -64,7 +68,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Target]]:
     started: list[Target] = []
 
     def run(how: str) -> Target:
-        started.append(Target(PROGRAM, tmp_path, how))
+        started.append(Target(how, tmp_path))
         return started[-1]
 
     yield run

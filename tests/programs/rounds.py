@@ -27,21 +27,24 @@ class RoundsTarget:
         self.pid = self.child.pid
         self.wait_rounds(1)
 
-    def read(self) -> list[int]:
-        """What it wrote last; [] while it writes."""
+    def _read(self) -> list[int]:
+        """What it wrote last; nothing while it writes."""
         try:
             return [int(word) for word in self.out.read_text().split()]
         except OSError:
             return []
 
-    def wait_rounds(self, nr: int) -> None:
-        first = (self.read() or [0])[0]
+    def wait_rounds(self, nr: int) -> list[int]:
+        """Wait until it has checked its memory as often; its numbers."""
         deadline = time.monotonic() + 60
+        first = None
         while True:
-            now = self.read()
-            if len(now) > 1 and now[0] >= first + nr:
+            now = self._read()
+            if len(now) > 1:
+                first = now[0] if first is None else first
                 assert now[1] == 1, "the memory differs"
-                return
+                if now[0] >= first + nr:
+                    return now
             assert time.monotonic() < deadline, self.out.with_name("err").read_text()
             time.sleep(0.01)
 
