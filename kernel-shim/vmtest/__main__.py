@@ -8,12 +8,22 @@ was lost (panic, reset), 126 if the lab itself failed (no kernel, no QEMU). The 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 from . import kbuild, vm
 
 EXIT_TIMEOUT, EXIT_LOST, EXIT_LAB = 124, 125, 126
+
+
+def end_in_order() -> None:
+    """Let SIGTERM end compilers and guests too; they are process groups of their own."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,4 +88,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_in_order()
     sys.exit(main())

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from io import BytesIO
 from pathlib import Path
@@ -154,3 +157,30 @@ def test_only_a_whole_status_counts(told: bytes, expected: int | None) -> None:
     assert (out.getvalue(), err.getvalue()) == (b"out", b"err")
     for end in ours.values():
         end.close()
+
+
+def test_a_builder_that_is_told_to_end_takes_its_compilers_with_it(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from vmtest import __main__, kbuild
+__main__.end_in_order()
+where = Path(sys.argv[1])
+with open(where / "log", "wb") as log:
+    kbuild._run(["sh", "-c", "echo $$ > pid; mv pid it; sleep 300"], where, log, float("inf"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(kbuild.SHIM)}
+    builder = subprocess.Popen([sys.executable, "-c", program, tmp_path], env=environment)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "it").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    compiler = int((tmp_path / "it").read_text())
+    builder.terminate()
+    assert builder.wait(30) == 143
+    while (
+        os.path.exists(f"/proc/{compiler}")
+        and "Z" not in Path(f"/proc/{compiler}/stat").read_text().split()[2]
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
