@@ -82,7 +82,11 @@ class FreshMemory:
             uffd.handshake(self._fd, uffd.FEATURE_PAGEFAULT_FLAG_WP)
         except OSError:  # an old kernel, a security module: this is but one way to fill memory
             self.close()
-        stub.call(int(Nr.CLOSE), number)
+        try:
+            stub.call(int(Nr.CLOSE), number)
+        except BaseException:
+            self.close()
+            raise
         return self._fd >= 0
 
     def _register(self, start: int, end: int, starts: set[int]) -> None:
