@@ -26,19 +26,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from checkpointd.linux import pidfd
 from checkpointd.linux import userfaultfd as uffd
-from checkpointd.linux.arch import Nr
 from checkpointd.memory import PAGE_SHIFT, VmaKind
 from checkpointd.restore.plan import FLAGS_BEFORE_CONTENT, is_filled_writable
 from checkpointd.restore.stub import Stub
 from checkpointd.state.memory import AddressSpace, VmaState
-from checkpointd.target.remote import Call
+from checkpointd.tracking.make import make_userfaultfd
 
 MIN_RUN_PAGES = 16
 """Shorter runs are for process_vm_writev(2): a call for each would cost more than clearing the pages."""
 _MIN_VMA_PAGES = 64
-_USERFAULTFD = Call(uffd.NR_USERFAULTFD, (os.O_CLOEXEC | os.O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY,))
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _KERNEL_TELLS_HUGE = (6, 7)  # PAGEMAP_SCAN
 
@@ -70,23 +67,10 @@ class FreshMemory:
 
     def _open(self, stub: Stub) -> bool:
         """Make the userfaultfd, if one can be had."""
-        number = stub.batch([_USERFAULTFD])[0]
-        if number < 0:
-            return False
-        try:
-            process_fd = pidfd.pidfd_open(stub.pid)
-            try:
-                self._fd = pidfd.pidfd_getfd(process_fd, number)
-            finally:
-                os.close(process_fd)
-            uffd.handshake(self._fd, uffd.FEATURE_PAGEFAULT_FLAG_WP)
-        except OSError:  # an old kernel, a security module: this is but one way to fill memory
-            self.close()
-        try:
-            stub.call(int(Nr.CLOSE), number)
-        except BaseException:
-            self.close()
-            raise
+        with contextlib.suppress(
+            OSError
+        ):  # an old kernel, a security module: this is but one way to fill memory
+            self._fd = make_userfaultfd(stub.pid, stub, uffd.FEATURE_PAGEFAULT_FLAG_WP)
         return self._fd >= 0
 
     def _register(self, start: int, end: int, starts: set[int]) -> None:
@@ -104,8 +88,7 @@ class FreshMemory:
             except OSError as error:
                 if error.errno in (errno.ESRCH, errno.ENOMEM):
                     raise
-                if error.errno != errno.EAGAIN:
-                    break  # whatever it is, process_vm_writev(2) can or says so
+                break  # whatever it is, process_vm_writev(2) can or says so
         return done
 
     def close(self) -> None:

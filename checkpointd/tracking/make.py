@@ -61,13 +61,13 @@ def make_tracker(
         try:
             if choice.backend == "uffd-wp":
                 uffd_wp = UffdWpTracker(
-                    _make_userfaultfd(pid, remote, FEATURES),
+                    make_userfaultfd(pid, remote, FEATURES),
                     has_guard_category=features.guard_category,
                     holes_are_written=features.holes_are_written,
                 )
                 return uffd_wp, choice
             if choice.backend == "barrier-soft-dirty":
-                fd = _make_userfaultfd(pid, remote, 0)
+                fd = make_userfaultfd(pid, remote, 0)
                 return SoftDirtyTracker(pid, Mode.BARRIER, sight, fd=fd, keeps_writes=keeps_writes), choice
         except OSError as error:
             no_uffd = f"userfaultfd failed in the target: {error.strerror}"
@@ -128,24 +128,30 @@ def _forbidden(pid: int, remote: Remote, calls: Sequence[Call], name: str) -> st
     return ""
 
 
-def _make_userfaultfd(pid: int, remote: Remote, wanted: int) -> int:
-    """A userfaultfd of the target's address space with these features, held by us alone."""
+def make_userfaultfd(pid: int, remote: Remote, wanted: int) -> int:
+    """A userfaultfd of the target's address space with these features, held by us alone.
+
+    Raises:
+        OSError: there is none to be had, or not with all of `wanted`.
+    """
     number = remote.batch([_USERFAULTFD], undo=[Call(NR_CLOSE, (Result(0),))])[0]
     if number < 0:
         raise OSError(-number, os.strerror(-number), "userfaultfd")
     tracepoint.hit("track.made")
+    fd = -1
     try:
-        process_fd = pidfd.pidfd_open(pid)
         try:
-            fd = pidfd.pidfd_getfd(process_fd, number)
+            process_fd = pidfd.pidfd_open(pid)
+            try:
+                fd = pidfd.pidfd_getfd(process_fd, number)
+            finally:
+                os.close(process_fd)
         finally:
-            os.close(process_fd)
-    finally:
-        remote.call(NR_CLOSE, number)
-    tracepoint.hit("track.taken")
-    try:
+            remote.call(NR_CLOSE, number)
+        tracepoint.hit("track.taken")
         uffd.handshake(fd, wanted)
-    except OSError:
-        os.close(fd)
+    except BaseException:
+        if fd >= 0:
+            os.close(fd)
         raise
     return fd

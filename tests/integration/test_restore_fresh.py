@@ -23,6 +23,7 @@ from checkpointd.restore.restorer import RestoreOptions
 from checkpointd.restore.stub import Stub
 from checkpointd.state.memory import AddressSpace, VmaState
 from checkpointd.target.remote import Call
+from checkpointd.tracking import make
 from tests.programs.restore_harness import Captured, capture, restore
 from tests.programs.rounds import RoundsTarget
 
@@ -120,7 +121,7 @@ def test_long_runs_are_copied_into_fresh_memory(target: RoundsTarget, copied: li
 def test_memory_comes_back_where_there_is_no_userfaultfd(
     target: RoundsTarget, copied: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fresh, "_USERFAULTFD", Call(9999, ()))
+    monkeypatch.setattr(make, "_USERFAULTFD", Call(9999, ()))
     _bring_back(target)
     assert not copied
 
@@ -235,7 +236,9 @@ def test_memory_of_kernels_that_do_not_tell_may_become_huge(
     asked: list[object] = []
 
     class NoStub:
-        def batch(self, calls: object) -> list[int]:
+        pid = 0
+
+        def batch(self, calls: object, *, undo: object) -> list[int]:
             asked.append(calls)
             return [-errno.ENOSYS]
 

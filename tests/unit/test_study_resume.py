@@ -23,6 +23,7 @@ def run(tmp_path, monkeypatch):
             asked.append((where, name, out.stem))
             return doing(out)
 
+        monkeypatch.setattr(study, "_install", lambda names, places: None)
         monkeypatch.setattr(study, "_measure", measured)
         places = [
             "--records",
