@@ -62,8 +62,7 @@ man: $(STAMP) ## build the man pages into build/man
 bench: $(STAMP) ## measure against physical limits and peers (long)
 	$(PY) -m benchmarks $(ARGS)
 
-study: $(STAMP) setup-lab ## measure real programs not measured yet, write docs/savings.md (hours; ARGS=--render-only)
-	@tools/apt-install $$(PYTHONPATH=kernel-shim $(PY) -m benchmarks.study --packages) || true # left out by name
+study: $(STAMP) ## measure real programs not measured yet, write docs/savings.md (hours; ARGS=--render-only)
 	PYTHONPATH=kernel-shim $(PY) -m benchmarks.study $(ARGS)
 
 soak: $(STAMP) ## kill agents and services 10,000 times (long; goes on where it was interrupted)

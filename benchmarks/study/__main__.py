@@ -51,14 +51,12 @@ def main() -> int:
     names = args.names or list(WORKLOADS)
     if unknown := set(names) - set(WORKLOADS):
         parser.error(f"no such program: {', '.join(sorted(unknown))}")
-    if args.packages:
-        print(*sorted({package for name in names for _, package in WORKLOADS[name].missing()}))
-        return 0
     places = args.where.split(",")
     if unknown := set(places) - {NATIVE, COST, *GUEST_BACKENDS}:
         parser.error(f"no such place: {', '.join(sorted(unknown))}")
     failed = []
     if not args.render_only:
+        _install(names, places)
         for repeat in range(1, args.repeats + 1):
             for where in places:
                 for name in names:
@@ -77,6 +75,15 @@ def main() -> int:
     if failed:
         print("failed: " + ", ".join(failed), file=sys.stderr)
     return bool(failed)
+
+
+def _install(names: list[str], places: list[str]) -> None:
+    """Install what is missing and can be had; a program that lacks something is left out by name."""
+    missing = sorted({package for name in names for _, package in WORKLOADS[name].missing()})
+    if missing:
+        subprocess.run([ROOT / "tools" / "apt-install", *missing], check=False)
+    if set(places) & set(GUEST_BACKENDS):
+        subprocess.run([ROOT / "tools" / "setup-lab"], check=True)
 
 
 def _keep(where: str, name: str, full: Path, kept: Path, timeout_s: int) -> bool:
