@@ -289,6 +289,10 @@ def _sleep_of(
             nr = sleep_call
             if nr == Nr.NANOSLEEP and args[0] < _MAX_CLOCK:
                 nr = int(Nr.CLOCK_NANOSLEEP)
+        elif thread.blocked is not None and thread.blocked.nr != nr and thread.blocked.args == args:
+            nr = (
+                thread.blocked.nr
+            )  # somebody else stopped it (Ctrl-Z, a cgroup's freezer) since it was sampled
         else:
             warnings.append(
                 f"thread {tid} sleeps in a call that cannot be told any more: restored, that call would end with "

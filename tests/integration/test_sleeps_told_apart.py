@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpointd import tracepoint
 from checkpointd.linux.arch import Nr
 from checkpointd.target.freeze import freeze
 from checkpointd.target.process import SleepMemory
@@ -142,6 +143,15 @@ def test_a_new_poll_that_somebody_else_stopped_is_not_taken_for_the_one_before(p
     for _ in range(2):
         poller.stop_and_continue()
         assert not poller.seen().is_early(end)
+
+
+def test_a_poll_that_somebody_else_stops_while_it_is_frozen_is_not_lost(poller: Poller) -> None:
+    """It shows as restart_syscall from then on, and looked like itself before: it begins anew, and does not end."""
+    tracepoint.register("freeze.seize", lambda _: poller.stop_and_continue())
+    try:
+        assert poller.seen().left_s is None
+    finally:
+        tracepoint.clear()
 
 
 def test_one_poll_gets_shorter_over_many_freezes(poller: Poller) -> None:
