@@ -8,7 +8,8 @@ outlives us.  A target that was stopped (SIGSTOP) is stopped again after the tha
 Order: every thread is seized, leader first, and interrupted; the list of threads is read again until it shows nothing
 new while all are stopped; threads that stand in code a dead agent left are let run home first; then registers, masks
 and rseq are read.  A thread inside an rseq critical section is moved to its abort address at once, as the kernel
-would do; a system call that would report a false EINTR is made to go on (`restartable`).
+would do; a system call that would report a false EINTR is made to go on, and a sleep that is about to go on is put
+back into its call (`restartable`).
 
 The kernel's own workers (of an io_uring, of vhost) stand among a process's threads but run none of its code.  They
 are not touched: a stop would end the call they are busy with in EINTR, and nothing can be injected into them.  An idle
@@ -519,8 +520,9 @@ def _read_threads(frozen: Frozen, blocked: dict[int, BlockedCall]) -> None:
                 blockers=[f"thread {tid} of process {frozen.pid} runs 32-bit code"],
             )
         rseq = ptrace.get_rseq(tid)
+        changed = restartable.step_back_into_sleep(regs, frozen.mem)
         asleep = blocked.get(tid) if regs.syscall_nr >= 0 else None
-        changed = restartable.fix_spurious_eintr(regs, frozen.pid, tid, asleep, frozen.frozen_at_ns)
+        changed |= restartable.fix_spurious_eintr(regs, frozen.pid, tid, asleep, frozen.frozen_at_ns)
         if rseq is not None and abort_critical_section(frozen.mem, rseq, regs):
             changed = True
         if changed:

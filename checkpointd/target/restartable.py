@@ -31,9 +31,17 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from checkpointd.target.registers import ERESTARTNOHAND, UserRegs, word
+from checkpointd.linux.process_vm import MemFile
+from checkpointd.target.registers import (
+    ERESTART_RESTARTBLOCK,
+    ERESTARTNOHAND,
+    NR_RESTART_SYSCALL,
+    UserRegs,
+    word,
+)
 
 _EINTR = 4
+_SYSCALL = b"\x0f\x05"
 NR_SEMOP = 65
 NR_RT_SIGTIMEDWAIT = 128
 NR_IO_GETEVENTS = 208
@@ -189,6 +197,36 @@ EPOLL_CALLS = frozenset({NR_EPOLL_WAIT, NR_EPOLL_PWAIT})
 TIMED_CALLS = EPOLL_CALLS | {7, 35, 202, 219, 230}
 """Calls whose remaining time cannot be read from registers: epoll_wait, epoll_pwait; poll, nanosleep, futex,
 restart_syscall, clock_nanosleep."""
+
+
+_WITH_RESTART_BLOCK = (7, 35, 202, 230)  # poll, nanosleep, futex, clock_nanosleep
+
+
+def step_back_into_sleep(regs: UserRegs, mem: MemFile) -> bool:
+    """Undo the first half of a sleep's going on; True when `regs` were changed.
+
+    A thread that is let go in a sleep has its registers set for restart_syscall and is put before the system call
+    instruction.  Stopped again before it got the CPU, it seems to run its own code; in another process, which has no
+    restart block, that call would end with EINTR.  Behind the instruction, with the result that says so, it is seen to
+    sleep, and the kernel takes both steps at the thaw.
+
+    Args:
+        regs: of a stopped thread.
+        mem: its memory.
+    """
+    if regs.rax != NR_RESTART_SYSCALL:
+        return False
+    try:
+        if mem.read(regs.rip, len(_SYSCALL)) != _SYSCALL:
+            return False
+    except OSError:
+        return False
+    # otherwise it has not left the kernel yet, which still shows the call
+    if regs.syscall_nr not in _WITH_RESTART_BLOCK:
+        regs.orig_rax = NR_RESTART_SYSCALL
+    regs.rax = word(-ERESTART_RESTARTBLOCK)
+    regs.rip += len(_SYSCALL)
+    return True
 
 
 def fix_spurious_eintr(regs: UserRegs, pid: int, tid: int, blocked: BlockedCall | None, now_ns: int) -> bool:

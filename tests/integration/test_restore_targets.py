@@ -92,7 +92,7 @@ def survive(arguments: list[str | Path], shared: Shared, output: Path) -> None:
             sleeps = restore(captured).sleeps
             alive = child.pid
             shared.wait_progress()
-            assert shared.errors == ""
+            assert shared.errors == "", captured.state.process.warnings
     finally:
         kill_and_reap(alive)
 

@@ -19,11 +19,13 @@ from pathlib import Path
 import pytest
 
 from checkpointd import tracepoint
+from checkpointd.linux import ptrace
 from checkpointd.linux.arch import Nr
 from checkpointd.target.freeze import freeze
 from checkpointd.target.process import SleepMemory
+from checkpointd.target.registers import NR_RESTART_SYSCALL, UserRegs, word
 from checkpointd.target.threads import capture_threads, note_sleeps
-from tests.programs.restore_harness import capture, kill_and_reap, restore
+from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore
 
 TIMEOUT_S = 20
 INEXACT_S = 0.002
@@ -265,33 +267,97 @@ int main(int argc, char **argv)
 """
 
 
+class Sleeper:
+    """A program in one long poll, which tells when that is interrupted."""
+
+    def __init__(self, directory: Path) -> None:
+        program, self.out = directory / "sleeper", directory / "out"
+        subprocess.run(["gcc", "-x", "c", "-o", program, "-"], input=SLEEPER, text=True, check=True)
+        self.out.touch()
+        nothing = subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            [program, self.out], stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+        )
+        self.pid = self.process.pid
+        self.is_restored = False
+        wait_for_call(self.pid)
+
+    def kill(self) -> None:
+        kill_and_reap(self.pid if self.is_restored else self.process)
+
+    def come_back(self, captured: Captured) -> None:
+        self.kill()
+        self.is_restored = True
+        restore(captured)
+
+    def stop_before_its_call_goes_on(self, orig_rax: int) -> None:
+        """As a thread that is let go stands until it gets the CPU: about to make the call restart_syscall."""
+        os.kill(self.pid, signal.SIGSTOP)
+        self._wait_state("T")
+        ptrace.seize(self.pid, 0)
+        ptrace.interrupt(self.pid)
+        assert ptrace.peek_wait(self.pid, block=True)
+        ptrace.take_stop(self.pid)
+        regs = UserRegs.from_bytes(ptrace.get_regs(self.pid))
+        regs.rax, regs.orig_rax, regs.rip = NR_RESTART_SYSCALL, word(orig_rax), regs.rip - 2
+        ptrace.set_regs(self.pid, regs.to_bytes())
+        ptrace.detach(self.pid)
+        self._wait_state("T")
+
+    def go_on(self) -> None:
+        self._wait_state("T")
+        os.kill(self.pid, signal.SIGCONT)
+        wait_for_call(self.pid)
+
+    def _wait_state(self, wanted: str) -> None:
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        self.kill()
+
+
+@pytest.fixture
+def sleeper(tmp_path: Path) -> Iterator[Sleeper]:
+    made = Sleeper(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.mark.needs("root", "set_tid")
+@pytest.mark.parametrize("orig_rax", [-1, int(Nr.POLL)], ids=["own code", "leaving the kernel"])
+def test_sleep_goes_on_though_its_thread_was_caught_before_it_did(sleeper: Sleeper, orig_rax: int) -> None:
+    """A thread that is let go and gets no CPU until the next freeze; the restart block is in the old process alone."""
+    memory = SleepMemory()
+    capture(sleeper.pid, memory)
+    sleeper.stop_before_its_call_goes_on(orig_rax)
+    captured = capture(sleeper.pid, memory)
+    sleep = captured.state.process.threads[0].sleep
+    assert sleep is not None
+    assert (sleep.nr, sleep.lost) == (Nr.POLL, False)
+    sleeper.go_on()  # what was captured goes on as well
+    assert sleeper.out.read_text() == ""
+    sleeper.come_back(captured)
+    sleeper.go_on()
+    assert sleeper.out.read_text() == ""
+
+
 @pytest.mark.needs("root", "set_tid")
 def test_sleep_of_which_nothing_is_known_ends_with_eintr(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel shows restart_syscall alone, and without root not the stack either."""
-    program, out = tmp_path / "sleeper", tmp_path / "out"
-    subprocess.run(["gcc", "-x", "c", "-o", program, "-"], input=SLEEPER, text=True, check=True)
-    out.touch()
-    nothing = subprocess.DEVNULL
-    child = subprocess.Popen(
-        [program, out], stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
-    )
-    restored = child.pid
-    try:
-        wait_for_call(child.pid)
-        capture(child.pid)
-        wait_for_call(child.pid)
-        monkeypatch.setattr("checkpointd.target.process.prepare_sleeps", lambda pid: {})
-        captured = capture(child.pid, kill=True)
-        kill_and_reap(child)
-        state = captured.state.process
-        assert state.threads[0].sleep is not None
-        assert state.threads[0].sleep.lost
-        assert any("would end with EINTR" in warning for warning in state.warnings)
-        assert out.read_text() == ""
-        restored = restore(captured).pid
-        wait_for_call(restored)
-        assert out.read_text() == "i"
-    finally:
-        kill_and_reap(restored if child.poll() is not None else child)
+    capture(sleeper.pid)
+    wait_for_call(sleeper.pid)
+    monkeypatch.setattr("checkpointd.target.process.prepare_sleeps", lambda pid: {})
+    captured = capture(sleeper.pid, kill=True)
+    state = captured.state.process
+    assert state.threads[0].sleep is not None
+    assert state.threads[0].sleep.lost
+    assert any("would end with EINTR" in warning for warning in state.warnings)
+    assert sleeper.out.read_text() == ""
+    sleeper.come_back(captured)
+    wait_for_call(sleeper.pid)
+    assert sleeper.out.read_text() == "i"
