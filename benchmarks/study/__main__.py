@@ -15,9 +15,11 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.study import compact
+from benchmarks.study.measure import end_in_order
 from benchmarks.study.render import render
 from benchmarks.study.seen import CALM, COST, NATIVE, RECORDS, all_busy
 from benchmarks.study.workloads import WORKLOADS
@@ -44,10 +46,8 @@ def main() -> int:
     parser.add_argument("--full", type=Path, default=ROOT / "build" / "study", help="the full records")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "savings.md")
     parser.add_argument("--render-only", action="store_true")
-    parser.add_argument(
-        "--packages", action="store_true", help="only print the Debian packages that are missing"
-    )
     args = parser.parse_args()
+    end_in_order()
     names = args.names or list(WORKLOADS)
     if unknown := set(names) - set(WORKLOADS):
         parser.error(f"no such program: {', '.join(sorted(unknown))}")
@@ -111,16 +111,24 @@ def _measure(where: str, name: str, out: Path, timeout_s: int) -> int:
             if where == NATIVE
             else ["--pairs", str(NR_PAIRS), "--interval-ms", "2000"]
         )
-        return subprocess.run(words, cwd=ROOT, check=False).returncode
+        return _run(words)
     guest = [sys.executable, "-m", "vmtest", "run", where, "--timeout", str(timeout_s)]
     inside = ["env", "STUDY_SMALL=1", *words, "--epochs", str(GUEST_EPOCHS)]
     inside += ["--backends", GUEST_BACKENDS[where]]
-    return subprocess.run(
+    return _run(
         [*guest, "--share", str(out.parent), "--", *inside],
-        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT / "kernel-shim")},
-        check=False,
-    ).returncode
+    )
+
+
+def _run(words: Sequence[str], env: Mapping[str, str] | None = None) -> int:
+    """As subprocess.run, which would kill: on SIGTERM it shall end the program it measures, the load and the guest."""
+    with subprocess.Popen(words, cwd=ROOT, env=env) as child:
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            raise
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -126,6 +127,15 @@ def cpu_ns(pid: int) -> int:
     return time.clock_gettime_ns((~pid << 3) | 2)
 
 
+def end_in_order() -> None:
+    """Let SIGTERM end the program that is measured and its load too; they are sessions of their own."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.measure")
     parser.add_argument("name", choices=sorted(WORKLOADS))
@@ -135,6 +145,7 @@ def main() -> int:
     parser.add_argument("--backends", default="")
     parser.add_argument("--pairs", type=int, default=0)
     args = parser.parse_args()
+    end_in_order()
     workload = WORKLOADS[args.name]
     part = args.out.with_suffix(".part")
     args.out.parent.mkdir(parents=True, exist_ok=True)
