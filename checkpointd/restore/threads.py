@@ -22,6 +22,7 @@ from checkpointd.state.process import ProcessState
 from checkpointd.state.threads import Credentials, Sleep, ThreadState
 from checkpointd.target.registers import CS_64BIT, ERESTART_RESTARTBLOCK, UserRegs, word
 from checkpointd.target.remote import Call
+from checkpointd.target.restartable import as_let_go
 
 THREAD_FLAGS = (
     clone.CLONE_VM
@@ -160,7 +161,7 @@ def final_registers(stub: Stub, thread: ThreadState, tid: int) -> UserRegs:
     if result != -ERESTART_RESTARTBLOCK:  # it is over: its time had come, or the futex changed
         regs.rax = word(-_EINTR if -result >= 512 else result)
         regs.leave_syscall()
-    return regs
+    return as_let_go(regs)
 
 
 def _sleep_args(stub: Stub, sleep: Sleep) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ from checkpointd.procfs import maps, process
 from checkpointd.target import attachable, restartable, undertaker
 from checkpointd.target.fork import ForkedCopy, fork_copy, reap_copy
 from checkpointd.target.inject import Injection, NotHomeError, injection
-from checkpointd.target.registers import CS_64BIT, ERESTART_RESTARTBLOCK, UserRegs
+from checkpointd.target.registers import CS_64BIT, ERESTART_RESTARTBLOCK, NR_RESTART_SYSCALL, UserRegs
 from checkpointd.target.release import release
 from checkpointd.target.restartable import BlockedCall, Switches, read_switches
 from checkpointd.target.restartable_sequence import abort_critical_section
@@ -67,7 +67,7 @@ class FrozenThread:
     """One stopped thread.
 
     Attributes:
-        regs: registers as they will be at the thaw.
+        regs: registers as they will be at the thaw (`restartable.as_let_go`).
         sigmask: blocked signals (the saved mask inside ppoll, pselect, sigsuspend).
         group_stopped: SIGSTOP or the like holds it besides us.
         rseq: its rseq registration.
@@ -522,14 +522,18 @@ def _read_threads(frozen: Frozen, blocked: dict[int, BlockedCall]) -> None:
         rseq = ptrace.get_rseq(tid)
         changed = restartable.step_back_into_sleep(regs, frozen.mem)
         asleep = blocked.get(tid) if regs.syscall_nr >= 0 else None
-        changed |= restartable.fix_spurious_eintr(regs, frozen.pid, tid, asleep, frozen.frozen_at_ns)
+        changed |= restartable.fix_spurious_eintr(
+            regs, frozen.pid, tid, asleep, frozen.frozen_at_ns, frozen.mem
+        )
+        switches = None
+        if regs.syscall_nr >= 0 and regs.result == -ERESTART_RESTARTBLOCK:
+            status = restartable.read_status(frozen.pid, tid)
+            switches = Switches(restartable.nr_switches(status))
+            changed |= restartable.begin_anew(regs, tid, status) or regs.syscall_nr != NR_RESTART_SYSCALL
         if rseq is not None and abort_critical_section(frozen.mem, rseq, regs):
             changed = True
         if changed:
-            ptrace.set_regs(tid, regs.to_bytes())
+            ptrace.set_regs(tid, restartable.as_let_go(regs).to_bytes())
             hit("freeze.registers_fixed")
-        switches = None
-        if regs.syscall_nr >= 0 and regs.result == -ERESTART_RESTARTBLOCK:
-            switches = Switches(read_switches(frozen.pid, tid))
         sigmask = ptrace.get_sigmask(tid)
         frozen.threads[tid] = FrozenThread(tid, regs, sigmask, group_stopped, rseq, asleep, switches)

@@ -153,7 +153,7 @@ class _Way:
             hit("inject.in_signal_code")
         ptrace.set_sigmask(tid, self.thread.sigmask)
         hit("inject.mask_restored")
-        ptrace.set_regs(tid, self.thread.regs.to_bytes())
+        ptrace.set_regs(tid, restartable.as_let_go(self.thread.regs).to_bytes())
         hit("inject.registers_restored")
         self.frozen.force_write(self.place.address, bytes(SLOT_SIZE))
         hit("inject.slot_zeroed")

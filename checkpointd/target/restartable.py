@@ -10,17 +10,23 @@ run it fails with EINTR, exactly as if nobody had stopped it.
 call                  turned when                              else
 ====================  =======================================  ==============================================
 epoll_wait/_pwait     always; a finite timeout is cut by the   the full timeout again, when the time slept
-                      time slept (`Sleepers`)                  could not be sampled
+                      time slept                               could not be sampled, or the code around the
+                                                               call may use its register again
 epoll_pwait2          timeout pointer is NULL                  EINTR: the timeout lies in the program's memory
 rt_sigtimedwait       timeout pointer is NULL                  EINTR, likewise
 semop, semtimedop     semtimedop: timeout pointer is NULL      EINTR, likewise
 io_getevents          timeout pointer is NULL                  EINTR, likewise
+io_uring_enter        without IORING_ENTER_EXT_ARG (EINTR      EINTR, likewise
+                      says that it has submitted nothing)
 ====================  =======================================  ==============================================
 
 Not turned: socket calls with SO_RCVTIMEO or SO_SNDTIMEO (the timeout would start anew at every freeze and might
 never end) and connect (a second connect is EALREADY, not a restart): they report EINTR as signal(7) says.
 
-Source: signal(7), Linux fs/eventpoll.c (ep_poll), kernel/signal.c, ipc/sem.c, fs/aio.c.
+A sleep with a restart block goes on as restart_syscall; where a seccomp filter would not have that, the call is made
+anew instead, with its whole time (`begin_anew`).
+
+Source: signal(7), Linux fs/eventpoll.c (ep_poll), kernel/signal.c, ipc/sem.c, fs/aio.c, io_uring/io_uring.c.
 """
 
 from __future__ import annotations
@@ -39,6 +45,7 @@ from checkpointd.target.registers import (
     UserRegs,
     word,
 )
+from checkpointd.target.seccomp_filter import Filters
 
 _EINTR = 4
 _SYSCALL = b"\x0f\x05"
@@ -48,7 +55,9 @@ NR_IO_GETEVENTS = 208
 NR_SEMTIMEDOP = 220
 NR_EPOLL_WAIT = 232
 NR_EPOLL_PWAIT = 281
+NR_IO_URING_ENTER = 426
 NR_EPOLL_PWAIT2 = 441
+_IORING_ENTER_EXT_ARG = 1 << 3
 
 # the register that holds the pointer to a timeout: NULL waits for ever
 _TIMEOUT_POINTER = {
@@ -103,15 +112,25 @@ class Switches:
 
 
 _VOLUNTARY = re.compile(rb"^voluntary_ctxt_switches:\s*([0-9]+)$", re.MULTILINE)
+_FILTERED = re.compile(rb"^Seccomp:\s*2$", re.MULTILINE)
+
+
+def read_status(pid: int, tid: int) -> bytes:
+    """/proc/PID/task/TID/status; empty when the thread is gone."""
+    try:
+        return _slurp(f"/proc/{pid}/task/{tid}/status")
+    except OSError:
+        return b""
+
+
+def nr_switches(status: bytes) -> int | None:
+    """Voluntary context switches of a thread so far, by its status."""
+    found = _VOLUNTARY.search(status)
+    return int(found[1]) if found else None
 
 
 def read_switches(pid: int, tid: int) -> int | None:
-    """Voluntary context switches of a thread so far (/proc/PID/task/TID/status)."""
-    try:
-        found = _VOLUNTARY.search(_slurp(f"/proc/{pid}/task/{tid}/status"))
-    except OSError:
-        return None
-    return int(found[1]) if found else None
+    return nr_switches(read_status(pid, tid))
 
 
 def parse_syscall(text: str) -> tuple[int, tuple[int, ...]] | None:
@@ -219,7 +238,7 @@ def step_back_into_sleep(regs: UserRegs, mem: MemFile) -> bool:
     try:
         if mem.read(regs.rip, len(_SYSCALL)) != _SYSCALL:
             return False
-    except OSError:
+    except (OSError, OverflowError):  # there is no code
         return False
     # otherwise it has not left the kernel yet, which still shows the call
     if regs.syscall_nr not in _WITH_RESTART_BLOCK:
@@ -229,13 +248,51 @@ def step_back_into_sleep(regs: UserRegs, mem: MemFile) -> bool:
     return True
 
 
-def fix_spurious_eintr(regs: UserRegs, pid: int, tid: int, blocked: BlockedCall | None, now_ns: int) -> bool:
+def as_let_go(regs: UserRegs) -> UserRegs:
+    """The registers of a stopped thread for the thaw: a sleep is marked as one that has been seen.
+
+    The kernel shows restart_syscall for it from then on.  A thread that gets no CPU before the next freeze would show
+    the call itself, as one that has just begun.
+    """
+    if regs.syscall_nr < 0 or regs.result != -ERESTART_RESTARTBLOCK:
+        return regs
+    marked = regs.copy()
+    marked.orig_rax = NR_RESTART_SYSCALL
+    return marked
+
+
+def begin_anew(regs: UserRegs, tid: int, status: bytes) -> bool:
+    """Where a seccomp filter has no restart_syscall, let a sleep be made anew; True when `regs` were changed.
+
+    The kernel would have that call fail, or kill the program, at any stop.  Its own call the filter has let through.
+    The whole time again is late, never early.
+
+    Args:
+        regs: of a stopped thread in a call with a restart block.
+        status: as in `read_status`.
+    """
+    if regs.syscall_nr not in _WITH_RESTART_BLOCK or not _FILTERED.search(status):
+        return False
+    args = (regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9)
+    try:
+        if Filters.of_thread(tid).allows(NR_RESTART_SYSCALL, args, regs.rip):
+            return False
+    except OSError:  # it may not be read: most filters know that call
+        return False
+    regs.rax = word(-ERESTARTNOHAND)
+    return True
+
+
+def fix_spurious_eintr(
+    regs: UserRegs, pid: int, tid: int, blocked: BlockedCall | None, now_ns: int, mem: MemFile
+) -> bool:
     """Make an interrupted call go on where that is right; True when `regs` were changed.
 
     Args:
         regs: of a thread at the stop we asked for.
         blocked: what `sample` found for the thread.
         now_ns: CLOCK_MONOTONIC at the stop.
+        mem: its memory.
     """
     if regs.result != -_EINTR:
         return False
@@ -244,11 +301,36 @@ def fix_spurious_eintr(regs: UserRegs, pid: int, tid: int, blocked: BlockedCall 
         if getattr(regs, _TIMEOUT_POINTER[nr]) != 0:
             return False
     elif nr in EPOLL_CALLS:
-        _shorten_epoll(regs, pid, tid, blocked, now_ns)
+        if _sets_r10(mem, regs.rip - len(_SYSCALL)):
+            _shorten_epoll(regs, pid, tid, blocked, now_ns)
+    elif nr == NR_IO_URING_ENTER:
+        if regs.r10 & _IORING_ENTER_EXT_ARG:
+            return False
     elif nr != NR_SEMOP:
         return False
     regs.rax = word(-ERESTARTNOHAND)
     return True
+
+
+_SETS_R10 = re.compile(
+    rb"[\x41\x49](?:\xba|\xc7\xc2).{4}"  # mov $imm32, %r10d or %r10
+    rb"|[\x41\x45\x49\x4d]\x89[\xc2\xca\xd2\xda\xe2\xea\xf2\xfa]"  # mov %reg, %r10
+    rb"|[\x44\x45\x4c\x4d](?:\x8b|\x63)[\x10-\x17\x50-\x57\x90-\x97\xd0-\xd7]",  # mov or movslq reg or memory, %r10
+    re.DOTALL,
+)
+_LOOK_BACK_BYTES = 40
+
+
+def _sets_r10(mem: MemFile, call_at: int) -> bool:
+    """Is r10 set right before the system call instruction, as C libraries do it?
+
+    Only then may the register be changed for good.  A compiler that inlines the call may load it once, before a loop:
+    all later timeouts would be as short.
+    """
+    try:
+        return _SETS_R10.search(mem.read(call_at - _LOOK_BACK_BYTES, _LOOK_BACK_BYTES)) is not None
+    except OSError:  # the first bytes of a mapping
+        return False
 
 
 def _shorten_epoll(regs: UserRegs, pid: int, tid: int, blocked: BlockedCall | None, now_ns: int) -> None:

@@ -39,7 +39,8 @@ _NS_PER_MS = 1_000_000
 _NO_TIMEOUT = 1 << 31
 _CLEAR_AT, _DEATH_AT, _ANSWERS_BYTES = 24, 32, 40  # behind a stack_t
 _LATE_NS = 50 * _NS_PER_MS
-_MAX_CLOCK = 16  # clock ids are small, pointers are not
+_CLOCK_PROCESS_CPUTIME_ID = 2
+_MAX_CLOCK = 16
 
 Args = tuple[int, int, int, int, int, int]
 
@@ -51,7 +52,7 @@ class RememberedSleep:
     Attributes:
         nr, args: the call.
         rip: where the thread goes on behind it.
-        deadline_ns: when it ends (CLOCK_MONOTONIC); None: its timeout is absolute.
+        deadline_ns: when it ends (CLOCK_MONOTONIC); None: its timeout is absolute, or of a CPU clock, or not known.
         switches: of the freeze that saw it last.
     """
 
@@ -287,7 +288,7 @@ def _sleep_of(
             nr = known.nr
         elif sleep_call is not None:
             nr = sleep_call
-            if nr == Nr.NANOSLEEP and args[0] < _MAX_CLOCK:
+            if nr == Nr.NANOSLEEP and _is_clock(args[0]):
                 nr = int(Nr.CLOCK_NANOSLEEP)
         elif thread.blocked is not None and thread.blocked.nr != nr and thread.blocked.args == args:
             nr = (
@@ -305,9 +306,8 @@ def _sleep_of(
     left, is_absolute = _left(frozen, nr, args, elapsed_ns)
     if left is None and not is_absolute:
         warnings.append(f"thread {tid}: how long it has slept is not known, its sleep starts anew at restore")
-    else:
-        deadline_ns = None if left is None else now_ns + left
-        memory.sleeps[tid] = RememberedSleep(nr, args, regs.rip, deadline_ns, thread.switches)
+    deadline_ns = None if left is None or _is_of_cpu_clock(nr, args) else now_ns + left
+    memory.sleeps[tid] = RememberedSleep(nr, args, regs.rip, deadline_ns, thread.switches)
     return Sleep(nr, args, left)
 
 
@@ -330,6 +330,8 @@ def _elapsed(frozen: Frozen, thread: FrozenThread) -> int | None:
 
 def _left(frozen: Frozen, nr: int, args: Sequence[int], elapsed_ns: int | None) -> tuple[int | None, bool]:
     """(time left of a call, is its timeout absolute); None: not known."""
+    if _is_of_cpu_clock(nr, args):
+        elapsed_ns = None  # the time slept says nothing about it
     if nr == Nr.POLL:
         timeout_ms = args[2] & 0xFFFF_FFFF
         if timeout_ms >= _NO_TIMEOUT:
@@ -345,6 +347,17 @@ def _left(frozen: Frozen, nr: int, args: Sequence[int], elapsed_ns: int | None) 
             return _timespec(frozen, rest), False
         return _minus(_timespec(frozen, request), elapsed_ns), False
     return None, False
+
+
+def _is_of_cpu_clock(nr: int, args: Sequence[int]) -> bool:
+    """A sleep until so much CPU time is spent?  Clocks of one process have negative ids (clock_getcpuclockid(3))."""
+    clock = args[0] & 0xFFFF_FFFF
+    return nr == Nr.CLOCK_NANOSLEEP and (clock == _CLOCK_PROCESS_CPUTIME_ID or bool(clock >> 31))
+
+
+def _is_clock(argument: int) -> bool:
+    """A clock's id rather than a pointer?  Ids are small, or negative as 32 or 64 bits."""
+    return argument < _MAX_CLOCK or argument >> 31 in (1, (1 << 33) - 1)
 
 
 def _timespec(frozen: Frozen, address: int) -> int | None:

@@ -9,6 +9,7 @@ import random
 import signal
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -319,6 +320,9 @@ class Sleeper:
         self.kill()
 
 
+HOG = "import os, time; os.write(1, b'x'); end = time.monotonic() + 5\nwhile time.monotonic() < end: pass"
+
+
 @pytest.fixture
 def sleeper(tmp_path: Path) -> Iterator[Sleeper]:
     made = Sleeper(tmp_path)
@@ -342,6 +346,43 @@ def test_sleep_goes_on_though_its_thread_was_caught_before_it_did(sleeper: Sleep
     sleeper.come_back(captured)
     sleeper.go_on()
     assert sleeper.out.read_text() == ""
+
+
+@pytest.mark.needs("root")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a processor beside the target's")
+def test_sleep_of_a_thread_that_got_no_cpu_between_two_freezes_is_not_begun_anew(sleeper: Sleeper) -> None:
+    """Let go, it has not even left the stop; a busy processor keeps it there until it is stopped again."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(sleeper.pid, {first})
+    wait_for_call(sleeper.pid)
+    hogs: list[subprocess.Popen[bytes]] = []
+
+    def hog(_: str) -> None:
+        words = ["taskset", "-c", str(first), "chrt", "-f", "1", sys.executable, "-c", HOG]
+        hogs.append(subprocess.Popen(words, stdout=subprocess.PIPE))
+        assert hogs[-1].stdout is not None
+        hogs[-1].stdout.read(1)
+
+    memory = SleepMemory()
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {second})
+        time.sleep(0.3)
+        tracepoint.register("thaw.begin", hog, at=1)
+        before = capture(sleeper.pid, memory).state.process.threads[0].sleep
+        tracepoint.register("freeze.interrupted", lambda _: hogs[0].kill(), at=1)
+        after = capture(sleeper.pid, memory).state.process.threads[0].sleep
+    finally:
+        tracepoint.clear()
+        os.sched_setaffinity(0, allowed)
+        for one in hogs:
+            one.kill()
+            one.communicate()
+    assert before is not None
+    assert after is not None
+    assert before.remaining_ns is not None
+    assert after.remaining_ns is not None
+    assert after.remaining_ns < before.remaining_ns < 1_000_000_000_000 - 250_000_000
 
 
 @pytest.mark.needs("root", "set_tid")

@@ -34,7 +34,9 @@ def lives(pid: int) -> bool:
 def test_what_it_measures_ends_with_it(tmp_path: Path) -> None:
     places = ["--records", tmp_path / "kept", "--full", tmp_path / "full", "--output", tmp_path / "page.md"]
     words = ["pattern-pair", "--where", "native", "--repeats", "1", *places]
-    with subprocess.Popen([sys.executable, "-m", "benchmarks.study", *words], stdout=subprocess.DEVNULL) as study:
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.study", *words], stdout=subprocess.DEVNULL
+    ) as study:
         deadline = time.monotonic() + TIMEOUT_S
         part = tmp_path / "full" / "native" / "pattern-pair-1.part"
         while not part.exists() or '"epoch"' not in part.read_text():

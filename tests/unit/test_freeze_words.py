@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers, restarts, samples and trace points: what needs no process."""
 
+import ctypes
+import re
 import subprocess
 import sys
 
@@ -51,6 +53,28 @@ def test_signed_words():
 
 
 EINTR = {"rax": -4}
+CALL_AT = 0x1000
+"""What is before the `rip` of `regs`."""
+
+
+class Code:
+    """Memory that holds `code` right before a system call instruction."""
+
+    def __init__(self, code: bytes = b"", call_at: int = CALL_AT) -> None:
+        self.code, self.start = bytes(64) + code, call_at - 64 - len(code)
+
+    def read(self, address: int, nr_bytes: int) -> bytes:
+        if address < self.start:
+            raise OSError
+        return self.code[address - self.start :][:nr_bytes]
+
+
+LIKE_GLIBC = Code(bytes.fromhex("448b5424184189c0488b7424108b7c240cb8e8000000"))
+"""mov 0x18(%rsp),%r10d, and other registers."""
+LIKE_MUSL = Code(bytes.fromhex("4c63d14863ffb8190100004531c0"))
+LIKE_GO = Code(bytes.fromhex("4989f24889fa4889ce4889df"))
+INLINED = Code(bytes.fromhex("b8e80000004889ef4889de4489e2"))
+"""Everything but r10, which was set before a loop."""
 
 
 @pytest.mark.parametrize(
@@ -64,6 +88,8 @@ EINTR = {"rax": -4}
         ({"orig_rax": 220, "r10": 0}, True),
         ({"orig_rax": 220, "r10": 0x7000}, False),
         ({"orig_rax": 441, "r10": 0x7000}, False),
+        ({"orig_rax": 426, "r10": 1}, True),  # io_uring_enter
+        ({"orig_rax": 426, "r10": 1 | 8}, False),  # a timeout may be in memory
         ({"orig_rax": 42}, False),  # connect
         ({"orig_rax": 45}, False),  # recvfrom with SO_RCVTIMEO
         ({"orig_rax": -1}, False),
@@ -72,23 +98,47 @@ EINTR = {"rax": -4}
 def test_false_eintr_is_turned_where_the_arguments_say_all(fields, turned):
     before = regs(**EINTR, **fields)
     after = before.copy()
-    assert fix_spurious_eintr(after, 1, 1, None, 0) is turned
+    assert fix_spurious_eintr(after, 1, 1, None, 0, LIKE_GLIBC) is turned
     assert after.result == (-514 if turned else -4)
     assert after.r10 == before.r10
 
 
-def test_a_finite_epoll_timeout_is_cut_by_the_time_slept(monkeypatch):
+ARGS = (5, 0x7000, 1, 1000, 0, 0)
+WAITING = {**EINTR, "orig_rax": 232, "rdi": 5, "rsi": 0x7000, "rdx": 1, "r10": 1000}
+
+
+@pytest.mark.parametrize("code", [LIKE_GLIBC, LIKE_MUSL, LIKE_GO])
+def test_a_finite_epoll_timeout_is_cut_by_the_time_slept(code, monkeypatch):
     monkeypatch.setattr(restartable, "same_sleep", lambda *args: True)
-    args = (5, 0x7000, 1, 1000, 0, 0)
-    waiting = regs(**EINTR, orig_rax=232, rdi=5, rsi=0x7000, rdx=1, r10=1000)
-    fix_spurious_eintr(waiting, 1, 1, BlockedCall(232, args, 300_999, 0, 7), 2_000_000)
+    waiting = regs(**WAITING)
+    fix_spurious_eintr(waiting, 1, 1, BlockedCall(232, ARGS, 300_999, 0, 7), 2_000_000, code)
     assert waiting.r10 == 1000 - 302
-    late = regs(**EINTR, orig_rax=232, rdi=5, rsi=0x7000, rdx=1, r10=1000)
-    fix_spurious_eintr(late, 1, 1, BlockedCall(232, args, 9_000_000, 0, 7), 0)
+    late = regs(**WAITING)
+    fix_spurious_eintr(late, 1, 1, BlockedCall(232, ARGS, 9_000_000, 0, 7), 0, code)
     assert late.r10 == 0
-    other = regs(**EINTR, orig_rax=232, rdi=6, rsi=0x7000, rdx=1, r10=1000)
-    fix_spurious_eintr(other, 1, 1, BlockedCall(232, args, 300_000, 0, 7), 0)
+    other = regs(**(WAITING | {"rdi": 6}))
+    fix_spurious_eintr(other, 1, 1, BlockedCall(232, ARGS, 300_000, 0, 7), 0, code)
     assert other.r10 == 1000, "another call than the one sampled keeps its timeout"
+
+
+@pytest.mark.parametrize("code", [INLINED, Code(call_at=CALL_AT + 0x10000)])
+def test_a_register_the_program_may_use_again_is_left_alone(code, monkeypatch):
+    monkeypatch.setattr(restartable, "same_sleep", lambda *args: True)
+    waiting = regs(**WAITING)
+    assert fix_spurious_eintr(waiting, 1, 1, BlockedCall(232, ARGS, 300_999, 0, 7), 2_000_000, code)
+    assert (waiting.r10, waiting.result) == (1000, -514)
+
+
+@pytest.mark.parametrize("name", ["epoll_wait", "epoll_pwait"])
+def test_the_code_of_the_c_library_is_known(name):
+    at = ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value
+    code = ctypes.string_at(at, 160)
+    calls = [found.start() for found in re.finditer(b"\x0f\x05", code)]
+    assert calls
+    for call in calls:
+        waiting = regs(**WAITING, rip=at + call + 2)
+        memory = Code(code[:call], at + call)
+        assert restartable._sets_r10(memory, waiting.rip - 2)
 
 
 def test_parse_syscall():
