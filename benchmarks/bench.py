@@ -275,12 +275,25 @@ class Bench:
                 self._dump(target, "--read-mode", mode)
                 target.tell("dirty 500 3")
                 self._dump(target, "--incremental", "--read-mode", mode)
-            found = service_processes(self.checkpoint.socket)
-        for number, (pid, (words, peak_kib)) in enumerate(sorted(found.items())):
+            self._add_memory(f"{self.megabytes} MiB target", 0)
+        for what, words in (("", ()), (", a tenth of its pages deltas", ("--delta",))):
+            with self.target(self.megabytes) as target:
+                self.checkpoint.dump(target.pid)
+                target.tell("dirty 100 4 512")
+                image = self.checkpoint.dump(target.pid, "--incremental", *words)["image_id"]
+                last = max(service_processes(self.checkpoint.socket))
+                self._restore(target, image)
+                self._add_memory(f"restore of {self.megabytes} MiB{what}", last)
+
+    def _add_memory(self, what: str, last: int) -> None:
+        """Of the processes of the service begun after the one with the id `last`; the first of all is the service."""
+        for number, (pid, (words, peak_kib)) in enumerate(service_processes(self.checkpoint.socket).items()):
+            if pid <= last:
+                continue
             name = "service" if number == 0 else " ".join(words.split()[1:4])[:60]
             self.add(
                 Row(
-                    f"peak resident memory, {self.megabytes} MiB target: {name}",
+                    f"peak resident memory, {what}: {name}",
                     Series([peak_kib / 1024], "MiB"),
                     note=f"pid {pid}; shared buffers count in each process that maps them",
                 )
