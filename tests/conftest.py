@@ -44,7 +44,7 @@ def _stopped_descendants() -> list[str]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                head, _, tail = Path("/proc", name, "stat").read_text().rpartition(")")
+                head, _, tail = Path("/proc", name, "stat").read_text(errors="replace").rpartition(")")
             except OSError:
                 continue
             words = tail.split()

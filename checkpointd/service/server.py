@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import stat
 import threading
 from collections.abc import Sequence
@@ -158,8 +159,9 @@ class Server:
         self._watchdog.stop()
         self._targets.close()
         stopped.wait(DRAIN_S)
-        with contextlib.suppress(FileNotFoundError):
-            self.config.socket.unlink()
+        with contextlib.suppress(OSError):
+            if self.config.socket.is_socket():  # it could have been replaced
+                self.config.socket.unlink()
         os.close(self._lock_fd)
         log.info("ended")
 
@@ -170,7 +172,7 @@ class Server:
     def _bind_socket(self) -> None:
         path = self.config.socket
         with contextlib.suppress(FileNotFoundError):
-            path.unlink()  # we hold the lock: whoever made it is gone
+            path.unlink()  # a socket nobody listens at (`_claim`), and we hold the lock: whoever made it is gone
         before = os.umask(SOCKET_UMASK)
         try:
             self._server.add_insecure_port(f"unix:{path}")
@@ -219,10 +221,12 @@ def _claim(socket_path: Path, group: str) -> int:
     """Make the socket's directory (0750) when there is none, and lock the socket's name.
 
     Raises:
-        Busy: another service has it.
+        Busy: another service has it, or another program listens there.
+        UsageError: something else than a socket is there.
         NotPermitted: the directory is not ours to trust, or `group` cannot be let into it.
     """
     directory = socket_path.parent
+    _refuse_what_is_no_socket(socket_path)
     if group:
         try:
             grp.getgrnam(group)
@@ -248,7 +252,37 @@ def _claim(socket_path: Path, group: str) -> int:
         raise Busy(
             f"another service is listening at {socket_path}", hint="use it, or give another --socket"
         ) from None
+    if _is_listened_at(socket_path):
+        os.close(fd)
+        raise Busy(
+            f"another program, not a checkpointd, is listening at {socket_path}", hint="give another --socket"
+        )
     return fd
+
+
+def _refuse_what_is_no_socket(path: Path) -> None:
+    """The name is going to be unlinked: a file, a directory or a device (/dev/null) must not be lost by that."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise UsageError(
+            f"{path} is there and is not a socket: nothing was changed",
+            hint="give another --socket, or remove it first",
+        )
+
+
+def _is_listened_at(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:  # its queue is full
+            return True
+        except OSError:
+            return False
+    return True
 
 
 def _make_directory(directory: Path) -> bool:

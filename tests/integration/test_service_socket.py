@@ -69,6 +69,37 @@ def test_a_second_service_at_the_same_socket_says_so_and_harms_nothing(house):
         assert client.version()["pid"] == house.service.pid
 
 
+@pytest.mark.parametrize("kind", ["file", "directory", "pipe", "link"])
+def test_what_is_no_socket_is_left_alone(house, kind):
+    """The name of a socket is unlinked; as root that was the end of /dev/null."""
+    house.socket.parent.mkdir(0o750)
+    make = {
+        "file": lambda path: path.write_text("precious"),
+        "directory": lambda path: path.mkdir(),
+        "pipe": os.mkfifo,
+        "link": lambda path: path.symlink_to("elsewhere"),
+    }
+    make[kind](house.socket)
+    before = house.socket.lstat()
+    done = checkpointd(house)
+    assert done.returncode == 2
+    assert "is not a socket" in done.stderr
+    assert house.socket.lstat() == before
+    assert os.listdir(house.socket.parent) == [house.socket.name]
+
+
+def test_a_socket_of_another_program_is_left_alone(house):
+    house.socket.parent.mkdir(0o750)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(house.socket))
+        other.listen(1)
+        before = house.socket.lstat()
+        done = checkpointd(house)
+        assert done.returncode == 11
+        assert "not a checkpointd" in done.stderr
+        assert house.socket.lstat().st_ino == before.st_ino
+
+
 def test_a_socket_left_behind_is_replaced(house):
     house.socket.parent.mkdir()
     with socket.socket(socket.AF_UNIX) as dead:
