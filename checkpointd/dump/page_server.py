@@ -87,7 +87,7 @@ class PageServer:
         return self._open(store).latest_of(pid, start_time, boot_id)
 
     def _open(self, store: str) -> Store:
-        if self._store is None or self._store_path != store:
+        if self._store is None or self._store_path != store or not self._store.is_at_its_path():
             self._store, self._store_path, self._parent = Store.open(store), store, None
         return self._store
 

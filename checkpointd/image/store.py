@@ -116,6 +116,13 @@ class Store:
                 os.close(root_fd)
                 raise
 
+    def is_at_its_path(self) -> bool:
+        """Is what was opened still what lies at its path, or was it moved away?"""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._root_fd))
+        except OSError:
+            return False
+
     def locked(self, *, exclusive: bool) -> contextlib.AbstractContextManager[None]:
         """Hold the store's lock (see the module's head)."""
         return files.locked("lock", self._root_fd, self.path, exclusive=exclusive)
@@ -373,7 +380,12 @@ class Store:
         Raises:
             FileNotFoundError: removed meanwhile.
         """
-        fd = files.open_file(name, dir_fd)
+        try:
+            fd = files.open_file(name, dir_fd)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # not ours to read, a directory, a link, a bad disk: the others can be used
+            return f"images/{name} cannot be opened: {error.strerror}", os.lstat(name, dir_fd=dir_fd)
         try:
             status = os.fstat(fd)
             key = (status.st_ino, status.st_mtime_ns, status.st_size)
@@ -383,8 +395,10 @@ class Store:
             head: Head | str
             try:
                 head = self._read_head(fd, status.st_size, f"images/{name}")
-            except ImageDamaged as error:
+            except CheckpointError as error:
                 head = error.message
+            except OSError as error:
+                head = f"images/{name} cannot be read: {error.strerror}"
         finally:
             os.close(fd)
         self._heads[name] = (key, head)

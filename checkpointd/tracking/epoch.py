@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a tracker remembers from one collection to the next: the part of the contract all kernels have in common.
 
-A page is clean only if it held data at the last committed collection, and no collection rolled back since has
-reported it.  Values only; no errors.
+A page is clean only if it held data at the last committed collection, was not suspect then, and no collection rolled
+back since has reported it.  Values only; no errors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Epochs:
     """See the module's text.
 
     Attributes:
-        base: what held data at the last committed collection.
+        base: what held data at the last committed collection, and changed by page tables only.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,13 @@ class Epochs:
             found = subtract_runs(found, unsafe)
         return found
 
-    def close(self, data: Runs, dirty: Runs) -> None:
-        """A collection has found so much, and is to be committed or rolled back."""
-        self._pending = (data, dirty)
+    def close(self, data: Runs, dirty: Runs, always_dirty: Runs) -> None:
+        """A collection has found so much, and is to be committed or rolled back.
+
+        What may be written behind the back of page tables may be so until the next collection too, which need not see
+        any more that it could: it is in no base, and so read once more after that has ended.
+        """
+        self._pending = (subtract_runs(data, always_dirty), dirty)
 
     def commit(self) -> None:
         if self._pending is not None:

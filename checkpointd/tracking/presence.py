@@ -2,7 +2,8 @@
 """Which private pages of a frozen address space hold data, by the rule of docs/kernel-support.md.
 
 * anonymous VMA: the page is present and not the shared zero page, or really swapped out;
-* file-private VMA: the page is anonymous (copied on write) or swapped out; all else is the file's;
+* file-private VMA: the page is anonymous (copied on write), swapped out, or the shared zero page, which stands for a
+  copy (UFFDIO_ZEROPAGE, KSM) and not for the file; all else is the file's;
 * hugetlb private VMA: as file-private ones, but pages of a pool are never swapped out: what reads SWAPPED is being
   moved in memory, and is waited for, or a marker;
 * pte markers (uffd-wp, guard) look SWAPPED and hold nothing.
@@ -169,8 +170,10 @@ def holding_data(pagemap: int, regions: ps.Regions, vmas: Sequence[Vma]) -> Pres
 
     own = np.array([private_data(vma) for vma in vmas] or [False], dtype=bool)[vma_at]
     huge = np.array([vma.kind is VmaKind.HUGETLB for vma in vmas] or [False], dtype=bool)[vma_at]
-    zero_or_file = (categories & np.uint64(ps.PAGE_IS_PFNZERO | ps.PAGE_IS_FILE)) != 0
-    holds = own & present & ~zero_or_file
+    is_file = (categories & np.uint64(ps.PAGE_IS_FILE)) != 0
+    is_zero = (categories & np.uint64(ps.PAGE_IS_PFNZERO)) != 0
+    has_file = np.array([vma.kind is VmaKind.FILE_PRIVATE for vma in vmas] or [False], dtype=bool)[vma_at]
+    holds = own & present & ~is_file & (~is_zero | has_file)
     maybe = np.flatnonzero(own & swapped & ~huge & ~guard)
     if len(maybe) == 0:
         keep = np.flatnonzero(holds)

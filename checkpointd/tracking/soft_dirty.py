@@ -122,7 +122,7 @@ class SoftDirtyTracker:
         if not (lost or worked):
             clean = self._epochs.clean(present.runs[trusted & ~is_dirty], space.always_dirty)
         dirty = subtract_runs(data, clean)
-        self._epochs.close(data, dirty)
+        self._epochs.close(data, dirty, space.always_dirty)
         self._begin_epoch(space, vmas)
         if lost:
             raise TrackingLostError(

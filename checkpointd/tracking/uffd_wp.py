@@ -88,25 +88,27 @@ class UffdWpTracker:
         self._holes_are_written = holes_are_written
         self._epochs = Epochs()
         self._seen: Runs = NO_RUNS  # what held data at the last collection, committed or not
-        self._lost = False
+        self._own: Runs = NO_RUNS  # VMAs that were registered by us at the last collection
+        self._may_be_stale = False
         self._walker = ThreadPoolExecutor(1, thread_name_prefix="second-walk")
 
     def collect(self, space: Space) -> Collection:
         known = self._known(space)
         present = self._present(space, known)
         tracepoint.hit("track.scanned")
-        foreign = self._register(space.vmas)
-        tracepoint.hit("track.registered")
-        if known & foreign:
-            # registered for write-protect by somebody else's userfaultfd
-            known -= foreign
-            present = self._present(space, known)
         try:
+            foreign = self._register(space.vmas)
+            tracepoint.hit("track.registered")
+            if known & foreign:
+                # registered for write-protect by somebody else's userfaultfd
+                known -= foreign
+                present = self._present(space, known)
             return self._collect(space, present, known, foreign)
         except BaseException:
             # what was armed is not known: nothing is clean until a collection has looked at everything
             self._seen = NO_RUNS
             self._epochs.forget()
+            self._may_be_stale = True
             raise
 
     def _collect(
@@ -120,14 +122,18 @@ class UffdWpTracker:
         data = _union(present.runs, written.present.runs, unchanged)
         dirty = subtract_runs(data, clean)
         self._seen = data
-        self._epochs.close(data, dirty)
+        self._epochs.close(data, dirty, space.always_dirty)
         self._lift_stale(space, present, foreign)
+        self._own = subtract_runs(
+            _ranges(space.vmas, {n for n, vma in enumerate(space.vmas) if vma.kind is VmaKind.ANON}),
+            _ranges(space.vmas, foreign),
+        )
         tracepoint.hit("track.lifted")
         late = self._arm(space, dirty, foreign | known)
         if len(late):
             dirty, data, clean = _union(dirty, late), _union(data, late), subtract_runs(clean, late)
             self._seen = data
-            self._epochs.close(data, dirty)
+            self._epochs.close(data, dirty, space.always_dirty)
         tracepoint.hit("track.armed")
         return Collection(
             clean=clean,
@@ -234,7 +240,11 @@ class UffdWpTracker:
             tracepoint.hit("untrack.done")
 
     def _armed(self, space: Space, present: PresentRegions, foreign: set[int]) -> Runs:
-        """Pages of watched VMAs that nobody has written to since they were armed."""
+        """Pages of VMAs watched by us that nobody has written to since they were armed.
+
+        Somebody else's userfaultfd may have let go of a VMA between the look at its pages, which then tell of his
+        arming, and its registration.
+        """
         if len(self._epochs.base) == 0:
             return NO_RUNS
         trackable = np.array(
@@ -243,7 +253,7 @@ class UffdWpTracker:
         armed = (present.categories & np.uint64(ps.PAGE_IS_WPALLOWED | ps.PAGE_IS_WRITTEN)) == np.uint64(
             ps.PAGE_IS_WPALLOWED
         )
-        return merge_runs(present.runs[armed & trackable[present.vma]])
+        return intersect_runs(merge_runs(present.runs[armed & trackable[present.vma]]), self._own)
 
     def _register(self, vmas: tuple[Vma, ...]) -> set[int]:
         """Register what can be; the indices of VMAs that belong to somebody else's userfaultfd."""
@@ -256,7 +266,6 @@ class UffdWpTracker:
             except OSError as error:
                 if error.errno == errno.ENOMEM:
                     # the address space this userfaultfd was made for is gone (exec)
-                    self._lost = True
                     raise TrackingLostError("the process replaced its address space") from error
                 # EBUSY: the target's own userfaultfd; EINVAL, EPERM: cannot be registered.  Read in full.
                 foreign.add(n)
@@ -268,13 +277,16 @@ class UffdWpTracker:
         mremap(2) that moves a registered VMA next to another merges the two and then drops the registration of
         the whole (mremap_userfaultfd_prep), without touching the neighbour's pages: these keep the bit, become
         writable with it, and once registered again would never read WRITTEN.  Seen on 6.18 by the oracle.  Such a
-        page is the only kind that is neither WPALLOWED nor WRITTEN.
+        page is the only kind that is neither WPALLOWED nor WRITTEN; but a collection that failed has registered its
+        VMA, and it looks like an armed one then.
         """
         stale = (present.categories & np.uint64(ps.PAGE_IS_WPALLOWED | ps.PAGE_IS_WRITTEN)) == 0
-        for n in sorted(set(present.vma[stale].tolist())):
+        wanted = range(len(space.vmas)) if self._may_be_stale else sorted(set(present.vma[stale].tolist()))
+        for n in wanted:
             vma = space.vmas[n]
             if vma.kind is VmaKind.ANON and n not in foreign:
                 uffd.lift_protection(self._fd, vma.start, vma.end)
+        self._may_be_stale = False
 
     def _arm(self, space: Space, dirty: Runs, skip: set[int]) -> Runs:
         """Write-protect what the next epoch must watch: pages that were armed before still are.

@@ -6,6 +6,7 @@ The target is an area of this very process, so that a write can be staged betwee
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import mmap
 import os
@@ -18,7 +19,7 @@ from checkpointd import features, tracepoint
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.linux import userfaultfd as uffd
 from checkpointd.linux._libc import syscall
-from checkpointd.memory import PAGE_SIZE, Runs, Vma, VmaKind, pages_of
+from checkpointd.memory import NO_RUNS, PAGE_SIZE, Runs, Vma, VmaKind, pages_of
 from checkpointd.procfs import maps
 from checkpointd.tracking import uffd_wp
 from checkpointd.tracking.base import Collection, Space
@@ -221,3 +222,112 @@ def test_scan_tells_every_region_once(nr_regions: int) -> None:
         os.close(pagemap)
     assert len(found) == nr_regions
     assert (np.diff(found[:, 0].astype(np.int64)) > 0).all()
+
+
+def test_memory_pinned_at_one_collection_is_read_at_the_next(
+    area: Area, tracker: uffd_wp.UffdWpTracker
+) -> None:
+    """A device may write between the two, and the pin be gone at the second: no page table tells of it."""
+    pinned = np.array([[(area.start >> 12) + 5, 2]], dtype=np.uint64)
+    found = []
+    for suspect in (pinned, NO_RUNS, NO_RUNS):
+        found.append(tracker.collect(dataclasses.replace(area.space(), always_dirty=suspect)))
+        tracker.commit()
+    assert area.pages(found[1].dirty) == {5, 6}
+    assert area.pages(found[2].clean) == set(range(NR_PAGES))
+
+
+@pytest.mark.parametrize("nr_pages", [8, 64])
+@pytest.mark.parametrize("holes_are_written", [False, True])
+def test_what_another_one_armed_and_let_go_is_not_taken_for_armed_by_us(
+    area: Area, nr_pages: int, *, holes_are_written: bool
+) -> None:
+    """It lets go after our look at the pages, and before the registration that its own had refused until then."""
+    guards = features.probe().guard_category
+    ours, other = (
+        uffd_wp.UffdWpTracker(new_uffd(), has_guard_category=guards, holes_are_written=holes_are_written)
+        for _ in range(2)
+    )
+    space = area.space()
+    end = area.start + nr_pages * PAGE_SIZE
+    space = dataclasses.replace(space, vmas=(dataclasses.replace(space.vmas[0], end=end),))
+    try:
+        for one in (other, ours):
+            one.collect(space)
+            one.commit()
+        area.bytes[2 * PAGE_SIZE] = 77
+        other.collect(space)
+        other.commit()
+        tracepoint.register("track.scanned", lambda _: other.disarm(), at=1)
+        found = ours.collect(space)
+        assert 2 in area.pages(found.dirty)
+    finally:
+        tracepoint.clear()
+        ours.disarm()
+        other.disarm()
+
+
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+
+
+def test_a_collection_that_fails_leaves_no_page_that_nobody_watches() -> None:
+    """mremap(2) next to an armed mapping drops the registration of both, and leaves pages marked: they are registered
+    again by the collection that fails, and look armed to the next."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mremap.restype = ctypes.c_void_p
+    libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+    held = mmap.mmap(-1, 64 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+    held.madvise(mmap.MADV_NOHUGEPAGE)
+    start = int(np.frombuffer(held, dtype=np.uint8).ctypes.data)
+    writable = mmap.PROT_READ | mmap.PROT_WRITE
+    for first, nr in ((8, 8), (40, 1)):
+        size = ctypes.c_size_t(nr * PAGE_SIZE)
+        assert libc.mprotect(ctypes.c_void_p(start + first * PAGE_SIZE), size, writable) == 0
+
+    def write(page: int, value: int) -> None:
+        ctypes.memset(start + page * PAGE_SIZE, value, 1)
+
+    pagemap = ps.open_pagemap(os.getpid())
+
+    def space() -> Space:
+        vmas = [
+            v
+            for v in maps.read_smaps(os.getpid())
+            if start <= v.start and v.end <= start + 64 * PAGE_SIZE and v.prot & mmap.PROT_WRITE
+        ]
+        return Space(os.getpid(), pagemap, tuple(vmas))
+
+    known = features.probe()
+    tracker = uffd_wp.UffdWpTracker(
+        new_uffd(), has_guard_category=known.guard_category, holes_are_written=known.holes_are_written
+    )
+
+    def fail(_: str) -> None:
+        raise RuntimeError("the page worker died")
+
+    try:
+        for page in (*range(8, 16), 40):
+            write(page, 1)
+        tracker.collect(space())
+        tracker.commit()
+        moved = libc.mremap(
+            start + 40 * PAGE_SIZE,
+            PAGE_SIZE,
+            PAGE_SIZE,
+            MREMAP_MAYMOVE | MREMAP_FIXED,
+            start + 16 * PAGE_SIZE,
+        )
+        assert moved == start + 16 * PAGE_SIZE
+        write(10, 2)
+        tracepoint.register("track.registered", fail, at=1)
+        with pytest.raises(RuntimeError):
+            tracker.collect(space())
+        for value in (3, 4):
+            write(10, value)
+            found = tracker.collect(space())
+            tracker.commit()
+            assert (start >> 12) + 10 in pages_of(found.dirty).tolist()
+    finally:
+        tracepoint.clear()
+        tracker.disarm()
+        os.close(pagemap)

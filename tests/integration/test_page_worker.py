@@ -122,3 +122,20 @@ def test_of_two_failures_the_cause_is_told():
     server = PageServer(Connection(ours.detach()), 1 << 20)
     with theirs, pytest.raises(NoSpace):
         server._each(work, [("disk",), ("later",)], lambda job: 1)
+
+
+def test_a_store_that_was_moved_away_is_not_written_to(tmp_path):
+    """Its path names another one since: what is dumped belongs there."""
+    path = tmp_path / "store"
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        server = PageServer(Connection(theirs.detach()), 1 << 20)
+        Store.open(str(path), create=True)
+        first = server._open(str(path))
+        assert server._open(str(path)) is first
+        path.rename(tmp_path / "moved")
+        Store.open(str(path), create=True)
+        second = server._open(str(path))
+        assert second is not first
+        assert second.is_at_its_path()
+        assert not first.is_at_its_path()
