@@ -51,6 +51,7 @@ from checkpointd.errors import (
     TargetGone,
     Unsupported,
 )
+from checkpointd.image.info import MAX_CMDLINE
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.memory import (
     FILE_CONTENT_OBJECTS,
@@ -470,7 +471,7 @@ class Dumper:
             {
                 "pid": self.pid,
                 "comm": process.comm(self.pid),
-                "cmdline": " ".join(process.cmdline(self.pid)),
+                "cmdline": " ".join(process.cmdline(self.pid))[:MAX_CMDLINE],
                 "tag": options.tag,
                 "backend": stats.backend,
                 "incremental": stats.incremental,

@@ -47,6 +47,13 @@ class ImageInfo:
         return dataclasses.asdict(self)
 
 
+MAX_CMDLINE = 4096
+"""Characters of a command line that are kept: it is there to be recognised."""
+
+_LIMITS = {"pid": 1 << 31, "format_version": 1 << 31}
+"""All other numbers fit 64 bits with a sign."""
+
+
 @dataclass(frozen=True)
 class PageCounts:
     """What became of pages given to a builder: zero, same as the parent's, written, and how many of these as deltas."""
@@ -71,13 +78,17 @@ def now_rfc3339() -> str:
 
 
 def info_from_meta(image_id: str, meta: dict[str, Any], **facts: Any) -> ImageInfo:
-    """The info of an image whose meta says `meta`; values of the wrong type count as absent."""
+    """The info of an image whose meta says `meta`; values of the wrong type or range count as absent."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(ImageInfo):
         value = meta.get(field.name)
         default = field.default
         if field.name == "cmdline" and isinstance(value, list):
             value = " ".join(str(word) for word in value)
+        if field.name == "cmdline" and isinstance(value, str):
+            value = value[:MAX_CMDLINE]
+        if type(value) is int and not 0 <= value < _LIMITS.get(field.name, 1 << 63):
+            continue
         if value is not None and type(value) is type(default):
             values[field.name] = value
     values.update(facts)

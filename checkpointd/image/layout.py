@@ -46,6 +46,7 @@ def make_store(path: str) -> None:
                 path=path,
             )
         check_owner(path, root_fd)
+        _refuse_lost_config(path, root_fd)
         for name in ("images", "packs", "tmp"):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, files.DIR_MODE, dir_fd=root_fd)
@@ -65,6 +66,28 @@ def make_store(path: str) -> None:
         os.fsync(root_fd)
     finally:
         os.close(root_fd)
+
+
+def _refuse_lost_config(path: str, root_fd: int) -> None:
+    """A new store.json would have another seed, under which no digest of the images there holds.
+
+    Raises:
+        ImageDamaged: there are images or packs.
+    """
+    for name in ("images", "packs"):
+        with contextlib.suppress(FileNotFoundError):
+            fd = files.open_dir(name, root_fd)
+            try:
+                held = os.listdir(fd)
+            finally:
+                os.close(fd)
+            # it may have been made, and used, since it was looked for
+            if held and read_config(path, root_fd) is None:
+                raise ImageDamaged(
+                    f"the store at {path} has lost its {CONFIG}: nothing was changed",
+                    hint=f"bring {path}/{CONFIG} back from a copy; without it nothing here can be verified",
+                    path=path,
+                )
 
 
 def read_config(path: str, root_fd: int) -> tuple[str, int] | None:

@@ -119,9 +119,13 @@ def timerfd(session: Session, group: Sequence[OpenFd], edge: set[int]) -> TimerF
         settime_flags=int(info.fields["settime flags"], 8),
         value_ns=value_ns,
         interval_ns=interval_ns,
-        captured_ns=time.clock_gettime_ns(clock),
+        captured_ns=time.clock_gettime_ns(_READABLE.get(clock, clock)),
         ticks=int(info.fields["ticks"]),
     )
+
+
+_READABLE = {8: time.CLOCK_REALTIME, 9: time.CLOCK_BOOTTIME}
+"""Clocks that wake the machine tell the time of these; without a real-time clock they cannot be read themselves."""
 
 
 def _stands_still(info: fdinfo.FdInfo) -> bool:

@@ -130,6 +130,7 @@ def _fill(draft: ProcessDraft, vmas: Iterable[Vma]) -> None:
                 f"it is in another {kind} namespace ({draft.namespaces[kind]}) than checkpointd; "
                 "run checkpointd inside it"
             )
+    draft.blockers += _thread_namespace_blockers(pid)
     if draft.namespaces.get("time") != draft.namespaces.get("time_for_children"):
         draft.blockers.append(
             "it has made a time namespace for its children (unshare), which is not restored"
@@ -164,6 +165,26 @@ def _exe(pid: int) -> tuple[FileIdentity, bool, bool]:
     deleted = found.st_nlink == 0 and path.endswith(_DELETED)
     identity = FileIdentity.of(path.removesuffix(_DELETED) if deleted else path, found)
     return identity, deleted, len(head) > _EI_CLASS and head[_EI_CLASS] == _ELFCLASS64
+
+
+_OF_THREADS = ("cgroup", "ipc", "mnt", "net", "pid_for_children", "uts")
+
+
+def _thread_namespace_blockers(pid: int) -> list[str]:
+    """Namespaces a thread has to itself (setns(2), unshare(2)), or has made for its children."""
+    found: dict[str, set[str]] = {}
+    for tid in process.thread_ids(pid):
+        for kind in _OF_THREADS:
+            with contextlib.suppress(OSError):  # it just ended, or made one in which there is no process yet
+                here = os.readlink(f"/proc/{pid}/task/{tid}/ns/{kind}")
+                found.setdefault(kind.removesuffix("_for_children"), set()).add(here)
+    with contextlib.suppress(OSError):
+        found.setdefault("pid", set()).add(os.readlink(f"/proc/{pid}/ns/pid"))
+    return [
+        f"its threads are in different {kind} namespaces, or it made one for its children, which is not restored"
+        for kind, links in found.items()
+        if len(links) > 1
+    ]
 
 
 def _seccomp_blockers(pid: int) -> list[str]:

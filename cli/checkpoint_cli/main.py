@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import sys
+import threading
 from typing import Any
 
 import click
 
-from checkpointd.errors import CheckpointError
+from checkpoint_cli.output import printable_lines
+from checkpointd.errors import CheckpointError, UsageError
 from checkpointd.version import VERSION
 
 COMMANDS = (
@@ -107,7 +111,10 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line; returns the exit status."""
     as_json = "--json" in arguments[: arguments.index("--")] if "--" in arguments else "--json" in arguments
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     try:
+        _check_printable(arguments[: arguments.index("--")] if "--" in arguments else arguments)
         result = cli.main(arguments, prog_name="checkpoint", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
@@ -133,6 +140,21 @@ def run(arguments: list[str]) -> int:
         return int(error.details.get("exit_status", error.exit_code))
 
 
+def _end(number: int, _frame: object) -> None:
+    """What was begun is undone on the way: an export leaves no half file with somebody's memory."""
+    raise SystemExit(128 + number)
+
+
+def _check_printable(words: list[str]) -> None:
+    """Raises: UsageError for what no message between us and the service can hold."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(word).decode(errors="backslashreplace")
+            raise UsageError(f"{shown} is not UTF-8", hint="give another name, in UTF-8") from None
+
+
 def _hint_of(error: click.ClickException) -> str:
     """What to do next where click's own words do not say it."""
     if isinstance(error, click.NoSuchOption) and error.ctx is not None and error.ctx.parent is None:
@@ -145,16 +167,16 @@ def report(error: CheckpointError, *, as_json: bool) -> None:
     if as_json:
         _print_error_json(error.to_dict())
         return
-    click.echo(f"checkpoint: {error.message}", err=True)
+    click.echo(f"checkpoint: {printable_lines(error.message)}", err=True)
     for name in REASON_LISTS:
         reasons = error.details.get(name, ())
         for reason in reasons:
             if len(reasons) > 1 or reason not in error.message:  # a single one is the message already
-                click.echo(f"  - {reason}", err=True)
+                click.echo(f"  - {printable_lines(reason)}", err=True)
         if error.details.get(f"{name}_left_out"):
             click.echo(f"  - and {error.details[f'{name}_left_out']} more", err=True)
     if error.hint:
-        click.echo(f"  {error.hint}", err=True)
+        click.echo(f"  {printable_lines(error.hint)}", err=True)
 
 
 def _print_error_json(values: dict[str, Any]) -> None:

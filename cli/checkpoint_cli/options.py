@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from checkpoint_cli.output import printable_lines
 from checkpointd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -100,12 +101,12 @@ class Session:
     def say(self, line: str = "") -> None:
         """A line of the result for people, on stdout."""
         if not self.quiet and not self.json:
-            click.echo(line)
+            click.echo(printable_lines(line))
 
     def note(self, line: str) -> None:
         """Something worth knowing that is not the result, on stderr."""
         if not self.quiet and not self.json:
-            click.echo(line, err=True)
+            click.echo(printable_lines(line), err=True)
 
 
 def session_options(function: F) -> F:

@@ -12,16 +12,42 @@ import click
 
 def print_document(value: Any) -> None:
     """One JSON document on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(as_json(value, indent=2))
 
 
 def print_line(value: Any) -> None:
     """One line of JSON lines on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    click.echo(as_json(value))
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON; names that are not UTF-8 (a lone surrogate for each byte) stay escaped, as no output could take them."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
+
+
+def printable(text: str) -> str:
+    """For people's eyes: what would steer a terminal, or cannot be written at all, is escaped.
+
+    Names of processes, their arguments and tags are anybody's, and an image may come from anywhere.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same of a text of ours, whose line ends are meant."""
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
     """Columns as wide as they need; those named in `right` are numbers."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[at]) for row in (header, *rows)) for at in range(len(header))]
     for row in (header, *rows):
         cells = [

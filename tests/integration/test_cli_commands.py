@@ -135,6 +135,8 @@ def test_check_says_what_is_in_the_way(house, target):
         (["show", "0123456789"], 9, "no image 0123456789"),
         (["rm", "0123456789"], 9, "no image"),
         (["export", "0123456789", "-o", "x"], 9, "no image"),
+        (["export", "latest", "--force", "-o", "/dev/zero"], 2, "not a regular file"),
+        (["ls", "--store", "/tmp/\udcff"], 2, "is not UTF-8"),
         (["import", "/nonexistent"], 2, "cannot read"),
         (["import", "/dev/null"], 12, "cannot be used"),
         (["ls", "--store", "/nonexistent/store"], 10, "no store"),

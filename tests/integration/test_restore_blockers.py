@@ -50,6 +50,15 @@ def test_namespaces_and_seccomp_are_blockers_named_together() -> None:
     assert "seccomp" in text
 
 
+def test_a_thread_in_a_namespace_of_its_own_is_a_blocker() -> None:
+    code = (
+        "import ctypes, threading, time\nlibc = ctypes.CDLL(None)\nmade = threading.Event()\n"
+        "def work():\n    assert libc.unshare(0x04000000) == 0\n    made.set()\n    time.sleep(60)\n"
+        "threading.Thread(target=work, daemon=True).start()\nmade.wait()"
+    )
+    assert any("different uts namespaces" in one for one in blockers_of(code))
+
+
 def test_secret_memory_is_a_blocker() -> None:
     code = "import ctypes, mmap\nfd = ctypes.CDLL(None).syscall(447, 0)\n" + (
         "import os\nos.ftruncate(fd, 4096)\nm = mmap.mmap(fd, 4096)" if _has_secretmem() else ""

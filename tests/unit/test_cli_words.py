@@ -130,3 +130,17 @@ def test_nothing_heavy_is_imported_before_it_is_needed(words):
 
 def test_lists_commands_once():
     assert len(cli.list_commands(click.Context(cli))) == len(set(COMMANDS))
+
+
+def test_what_would_steer_a_terminal_is_escaped(capsys):
+    from checkpoint_cli.output import as_json, print_table, printable_lines
+
+    print_table(("NAME", "TAG"), [("\x1b]0;pwned\x07", "a\nb"), ("caf\udce9", "\u00fcber")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert r"\x1b]0;pwned\x07  a\nb" in lines[1]
+    assert r"caf\udce9" in lines[2]
+    assert "\u00fcber" in lines[2]
+    assert printable_lines("one\ntwo\x1b") == "one\ntwo\\x1b"
+    assert as_json({"name": "caf\udce9"}) == r'{"name": "caf\udce9"}'
+    assert as_json({"name": "\u00fcber"}) == '{"name": "\u00fcber"}'

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +54,56 @@ def test_only_the_owner_may_read(tmp_path):
         builder.abort()
     finally:
         os.umask(old)
+
+
+@pytest.mark.parametrize("kind", ["directory", "link", "unreadable disk"])
+def test_an_image_file_that_cannot_be_opened_is_listed_as_damaged(store, kind, monkeypatch):
+    """The others can be used, and new ones made."""
+    whole = commit(store)
+    name = f"{'ab' * 32}.img"
+    path = f"{store.path}/images/{name}"
+    if kind == "directory":
+        os.mkdir(path)
+    elif kind == "link":
+        os.symlink("elsewhere", path)
+    else:
+        with open(path, "wb"):
+            pass
+        real = files.open_file
+
+        def fails(asked, dir_fd):
+            if asked == name:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(asked, dir_fd)
+
+        monkeypatch.setattr(files, "open_file", fails)
+    listed = {info.id: info.damaged for info in store.images()}
+    assert listed[whole.id] == ""
+    assert "cannot be opened" in listed["ab" * 32] or "Is a directory" in listed["ab" * 32]
+    assert store.load(whole.id).info == whole
+    assert commit(store, fill=2).sequence == whole.sequence + 1
+
+
+def test_a_store_without_its_configuration_is_not_made_anew(store):
+    """Its images could not be verified with another seed."""
+    commit(store)
+    config = Path(store.path, "store.json").read_bytes()
+    os.unlink(f"{store.path}/store.json")
+    with pytest.raises(ImageDamaged, match=r"lost its store\.json"):
+        Store.open(store.path, create=True)
+    assert not os.path.exists(f"{store.path}/store.json")
+    Path(store.path, "store.json").write_bytes(config)
+    assert len(Store.open(store.path).images()) == 1
+
+
+@pytest.mark.parametrize(
+    "meta", [{"pid": 10**12}, {"pid": -1}, {"start_time": 1 << 70}, {"cmdline": "x" * 100_000}, {"pid": True}]
+)
+def test_what_a_meta_says_is_kept_within_bounds(store, meta):
+    """It may come from anywhere: a listing must go on."""
+    info = commit(store, **meta)
+    assert (info.pid, info.start_time) == (0, 0)
+    assert len(info.cmdline) <= 4096
 
 
 def test_an_open_door_is_closed(store):

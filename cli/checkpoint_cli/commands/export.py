@@ -35,6 +35,15 @@ def command(session: Session, image: str, output: str, force: bool, store: str) 
         raise click.UsageError("an image is not for a terminal: redirect the output, or give -o FILE")
     if output != "-" and not force and os.path.lexists(output):
         raise click.UsageError(f"{output} exists; --force replaces it")
+    if (
+        output != "-"
+        and os.path.lexists(output)
+        and not os.path.islink(output)
+        and not os.path.isfile(output)
+    ):
+        raise click.UsageError(
+            f"{output} is not a regular file; give another one, or write to it through -o -"
+        )
     nr_bytes = 0
     with session.client() as client:
         parts = client.export(image, store=store)

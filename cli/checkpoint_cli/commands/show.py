@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from checkpoint_cli.options import IMAGE_HELP, Session, complete_image, session_options, store_option
-from checkpoint_cli.output import local_time, print_document, size
+from checkpoint_cli.output import local_time, print_document, printable, size
 
 PROT = ((1, "r"), (2, "w"), (4, "x"))
 
@@ -47,7 +47,7 @@ def command(session: Session, image: str, vmas: bool, store: str) -> None:
     ]
     for name, value in facts:
         if value:
-            click.echo(f"{name:9}{value}")
+            click.echo(f"{name:9}{printable(value)}")
     state = answer.get("state")
     if isinstance(state, dict):
         _print_counts(state)
@@ -72,5 +72,5 @@ def _print_vmas(space: dict[str, Any]) -> None:
         prot = "".join(letter if vma["prot"] & bit else "-" for bit, letter in PROT)
         click.echo(
             f"{vma['start']:012x}-{vma['end']:012x} {prot}{'s' if vma['shared'] else 'p'} "
-            f"{(vma['end'] - vma['start']) >> 12:>8} {vma['kind']:12} {vma['path']}".rstrip()
+            f"{(vma['end'] - vma['start']) >> 12:>8} {vma['kind']:12} {printable(vma['path'])}".rstrip()
         )
