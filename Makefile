@@ -24,9 +24,11 @@ demo: $(STAMP) ## dump, change, dump incrementally, kill and restore a real redi
 	$(PY) -m demo $(ARGS)
 
 test: $(STAMP) ## the everyday tests (a few minutes)
+	@tools/apt-install chromium || true # a report is looked at in a real browser; without one that is skipped by name
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(STAMP) ## the long tests too
+	@tools/apt-install chromium || true
 	$(PY) -m pytest $(ARGS)
 
 check: lint types imports drift test ## everything a change must pass
