@@ -78,7 +78,7 @@ def _fifo(maker: Maker, index: int, pipe: PipeState) -> Source:
     # open for both sides: waits for nobody, and both sides exist while the ends are opened
     opened = maker.opener.open(path, os.O_RDWR, kind=stat.S_IFIFO, recorded=pipe.file, what=what, block=False)
     base = maker.keep(opened)
-    if pipe.content and not fdcalls.unread_bytes(base):
+    if not fdcalls.unread_bytes(base):  # else others use it
         _resize(maker, index, base, pipe)
         fcntl.fcntl(base, fcntl.F_SETFL, os.O_NONBLOCK)
         _fill(base, pipe)

@@ -154,6 +154,13 @@ os.write(20, b'queued')
         assert stub.get("os.read(20, 20)") == b"queued+"
 
 
+def test_an_empty_fifo_keeps_its_size(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    setup = "import fcntl\nos.dup2(os.open('fifo', os.O_RDWR), 20); fcntl.fcntl(20, fcntl.F_SETPIPE_SZ, 1 << 18)\n"
+    with moved(setup, cwd=tmp_path) as (stub, _):
+        assert stub.get("__import__('fcntl').fcntl(20, 1032)") == 1 << 18
+
+
 def test_external_pipe_is_joined_again_or_replaced():
     ours, theirs = os.pipe()
     try:
