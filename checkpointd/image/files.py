@@ -114,8 +114,14 @@ def locked(name: str, dir_fd: int, path: str, *, exclusive: bool) -> Iterator[No
     Raises:
         Busy: not free within `LOCK_TIMEOUT_S`.
     """
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
     with translated(path):
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE, dir_fd=dir_fd)
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | flags, FILE_MODE, dir_fd=dir_fd)
+        except OSError as error:
+            if exclusive or error.errno != errno.EROFS:
+                raise
+            fd = os.open(name, os.O_RDONLY | flags, dir_fd=dir_fd)  # a store on a medium that is only read
     try:
         operation = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
         deadline = time.monotonic() + LOCK_TIMEOUT_S

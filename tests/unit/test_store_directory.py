@@ -7,6 +7,8 @@ import errno
 import fcntl
 import os
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -330,3 +332,31 @@ def test_notes_of_processes_that_cannot_be_any_more_go(store):
 def test_a_note_that_names_no_image_is_nobody_s_parent(store):
     store.note_restored(7, 100, BOOT, "../../../etc/passwd")
     assert store.latest_of(7, 100, BOOT) == ""
+
+
+READ_EVERYTHING = """
+import sys
+from checkpointd.image.store import Store
+store = Store.open(sys.argv[1])
+(info,) = store.images()
+assert store.load(info.id).info == info
+assert not store.verify(info.id).problems
+try:
+    store.remove(info.id)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@needs_root
+def test_a_store_that_is_mounted_read_only_can_be_read(store):
+    commit(store)
+    mount = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && exec "$0" -c "$2" "$1"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mount, sys.executable, store.path, READ_EVERYTHING],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "NotPermitted\n"), done.stderr
+    assert len(store.images()) == 1
