@@ -38,7 +38,7 @@ def timestamp_of(rfc3339: str) -> Timestamp | None:
     """None for "" and for what is not a time."""
     try:
         return timestamp(datetime.datetime.fromisoformat(rfc3339).timestamp())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

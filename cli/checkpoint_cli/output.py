@@ -91,4 +91,8 @@ def local_time(rfc3339: str | None) -> str:
 
     if not rfc3339:
         return "-"
-    return datetime.datetime.fromisoformat(rfc3339).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    when = datetime.datetime.fromisoformat(rfc3339)
+    try:
+        return when.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError):  # at the first or the last day of the calendar
+        return when.strftime("%Y-%m-%d %H:%M:%S")

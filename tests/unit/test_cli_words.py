@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -144,3 +145,18 @@ def test_what_would_steer_a_terminal_is_escaped(capsys):
     assert printable_lines("one\ntwo\x1b") == "one\ntwo\\x1b"
     assert as_json({"name": "caf\udce9"}) == r'{"name": "caf\udce9"}'
     assert as_json({"name": "\u00fcber"}) == '{"name": "\u00fcber"}'
+
+
+@pytest.mark.parametrize(
+    ("zone", "when"), [("Asia/Tokyo", "9999-12-31T23:59:59Z"), ("America/New_York", "0001-01-01T00:00:00Z")]
+)
+def test_a_time_at_the_end_of_the_calendar_can_be_shown(zone, when, monkeypatch):
+    from checkpoint_cli.output import local_time
+
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        assert local_time(when).endswith(":59:59" if "9999" in when else ":00:00")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
