@@ -212,12 +212,19 @@ def _cpu(study: Study, percent: Form) -> Iterator[str]:
     if not found:
         yield "* **Who pays in CPU time** is not known yet: the machine had no calm time to measure it."
         return
+    # what tracking cannot do tells how far the method errs
+    less = _most_first({name: -middle.median for name, middle in found.items() if middle.high < 0})
+    error = max(less.values(), default=0.0)
     more = _most_first({name: middle.median for name, middle in found.items() if middle.low > 0})
-    noise = [name for name in found if name not in more]
+    large = {name: value for name, value in more.items() if value > error}
+    small = {name: value for name, value in more.items() if value <= error}
+    noise = [name for name in found if name not in more and name not in less]
     yield (
         "* **Who pays in CPU time** for the same work (uffd-wp, native, freezes left out): "
-        + (_listed(more, percent) or "no program's cost stood out of the noise")
-        + (f"; within the noise: {', '.join(noise)}" if more and noise else "")
+        + (_listed(large, percent) or "no program's cost stood out of the noise")
+        + (f"; no more than the method errs by: {_listed(small, percent)}" if small else "")
+        + (f"; less when tracked, which tracking cannot do: {_listed(less, percent)}" if less else "")
+        + (f"; within the noise: {', '.join(noise)}" if noise and (more or less) else "")
         + "."
     )
 

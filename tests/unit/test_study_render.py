@@ -86,6 +86,13 @@ def test_cost_is_the_median_of_calm_pairs_and_noise_is_called_so(tmp_path):
     assert "| not measured: it cannot tell |" in row(text, "| gcc |")
     assert "The load was 0.5 to 3.8." in text and "3 pairs of intervals" in text
     assert "freezes left out): redis 18 %; within the noise: nginx." in text
+    for name, tracked in (("sqlite", 70), ("node", 105)):
+        keep(tmp_path, "native", name, 1)
+        keep_cost(tmp_path, name, pair(100, tracked), pair(100, tracked))
+    assert (
+        "freezes left out): no program's cost stood out of the noise; no more than the method errs by: redis 18 %, "
+        "node 5.0 %; less when tracked, which tracking cannot do: sqlite 30 %; within the noise: nginx."
+    ) in render(tmp_path)
 
 
 def test_a_guest_s_savings_and_losses_are_counted(tmp_path):
