@@ -80,14 +80,22 @@ def _tell(maker: Maker, index: int, failed: list[str]) -> None:
     maker.warnings.extend(f"{maker.name(index)}: socket {what} could not be set" for what in failed)
 
 
-def _finish(sock: socket.socket, one: Socket) -> int:
-    """Owner and status flags; the descriptor."""
+def _finish(maker: Maker, sock: socket.socket, one: Socket) -> int:
+    """Owner and status flags; the descriptor.
+
+    Sockets that share a port (SO_REUSEPORT) must have one owner when they are bound: it changes when all are made.
+    """
     there = os.fstat(sock.fileno())
-    if (there.st_uid, there.st_gid) != (one.uid, one.gid):
-        with contextlib.suppress(PermissionError):
-            os.fchown(sock.fileno(), one.uid, one.gid)
     set_status(sock.fileno(), one.flags)
-    return sock.detach()
+    fd = sock.detach()
+    if (there.st_uid, there.st_gid) != (one.uid, one.gid):
+        maker.deferred.append(lambda: _give(fd, one.uid, one.gid))
+    return fd
+
+
+def _give(fd: int, uid: int, gid: int) -> None:
+    with contextlib.suppress(PermissionError):
+        os.fchown(fd, uid, gid)
 
 
 def inet(maker: Maker, index: int, one: InetSocket) -> int:
@@ -112,7 +120,7 @@ def inet(maker: Maker, index: int, one: InetSocket) -> int:
             maker.warnings.append(
                 f"{maker.name(index)}: {one.pending} connections waiting at the dump are lost"
             )
-        return _finish(sock, one)
+        return _finish(maker, sock, one)
 
 
 def bind_inet(name: str, sock: socket.socket, one: InetSocket) -> None:
@@ -166,7 +174,7 @@ def closed(maker: Maker, index: int, one: ClosedSocket) -> int:
     with ours, peer:
         _tell(maker, index, set_options(ours, one.options))
         maker.closed.append((index, one.peer))
-        return _finish(ours, one)
+        return _finish(maker, ours, one)
 
 
 def _kept(maker: Maker, index: int, one: ClosedSocket) -> int:
@@ -235,7 +243,7 @@ def unix(maker: Maker, index: int, one: UnixSocket) -> None:
             _tell(maker, index, set_options(ours, one.options))
             _send_queue(peer, one.queue)
             peer.close()
-            maker.local[index] = _finish(ours, one)
+            maker.local[index] = _finish(maker, ours, one)
         return
     with _new(maker, index, one) as sock:
         _bind_unix(maker, index, sock, one)
@@ -245,7 +253,7 @@ def unix(maker: Maker, index: int, one: UnixSocket) -> None:
                 maker.warnings.append(
                     f"{maker.name(index)}: {one.pending} connections waiting at the dump are lost"
                 )
-        maker.local[index] = _finish(sock, one)
+        maker.local[index] = _finish(maker, sock, one)
 
 
 def connect_unix(maker: Maker, index: int, one: UnixSocket) -> None:
@@ -298,8 +306,8 @@ def _pair(maker: Maker, index: int, one: UnixSocket, peer_index: int, other: Uni
                 sock.shutdown(socket.SHUT_WR)
             if state.shutdown & _RCV_SHUTDOWN:
                 sock.shutdown(socket.SHUT_RD)
-        maker.local[index] = _finish(first, one)
-        maker.local[peer_index] = _finish(second, other)
+        maker.local[index] = _finish(maker, first, one)
+        maker.local[peer_index] = _finish(maker, second, other)
 
 
 def _send_queue(sock: socket.socket, queue: tuple[bytes, ...]) -> None:

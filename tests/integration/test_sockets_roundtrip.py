@@ -128,6 +128,45 @@ b = socket.socket(2, 2); b.bind(('127.0.0.1', {second})); b.connect(('127.0.0.1'
         assert stub.get("a.getsockopt(1, socket.SO_BROADCAST)") == 1
 
 
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
+def test_sockets_of_another_user_that_share_a_port_still_share_it(kind):
+    """The kernel lets only sockets of one owner share, and only such make a group."""
+    port = free_port(kind=kind)
+    setup = f"""
+for fd in (20, 21, 22):
+    s = socket.socket(2, {int(kind)}); s.setsockopt(1, 15, 1); s.bind(('127.0.0.1', {port}))
+    if {int(kind)} == 1: s.listen(50)
+    os.dup2(s.fileno(), fd); s.close()
+for fd in (20, 21, 22): os.fchown(fd, 65534, 65534)
+"""
+    with moved(setup, **QUIET) as (stub, warnings):
+        assert warnings == []
+        assert stub.get("[os.fstat(fd).st_uid for fd in (20, 21, 22)]") == [65534] * 3
+        senders = []
+        for _ in range(60):
+            senders.append(socket.socket(socket.AF_INET, kind))
+            senders[-1].connect(("127.0.0.1", port))
+            senders[-1].send(b"x")
+        stub.do("socks = [socket.socket(fileno=fd) for fd in (20, 21, 22)]")
+        stub.do("[s.setblocking(False) for s in socks]")
+        stub.do(f"""
+def count(s):
+    n = 0
+    try:
+        while True:
+            s.recv(1) if {int(kind)} == 2 else s.accept()
+            n += 1
+    except BlockingIOError:
+        return n
+""")
+        counts = stub.get("[count(s) for s in socks]")
+        assert sum(counts) == 60
+        assert min(counts) > 0
+        for one in senders:
+            one.close()
+
+
 @pytest.mark.parametrize(
     ("family", "level", "group", "request_"),
     [
