@@ -54,6 +54,8 @@ def _check(maker: Maker, one: state_of.AnyDescription) -> list[str]:
     match one:
         case RegularFile() if not one.deleted:
             return _check_regular(maker, one)
+        case state_of.Directory() if f"{maker.path(one.path)}/".startswith(f"/proc/{maker.pid}/"):
+            return []  # the process is not there yet
         case state_of.Directory():
             there = maker.opener.stat(maker.path(one.path))
             if there is None:

@@ -154,6 +154,17 @@ os.write(20, b'queued')
         assert stub.get("os.read(20, 20)") == b"queued+"
 
 
+def test_directories_of_the_process_itself_in_proc():
+    setup = """
+os.dup2(os.open('/proc/self', os.O_RDONLY | os.O_DIRECTORY), 20)
+os.dup2(os.open('/proc/self/fd', os.O_RDONLY | os.O_DIRECTORY), 21)
+"""
+    with moved(setup) as (stub, _):
+        assert stub.get("os.readlink('exe', dir_fd=20) == os.readlink('/proc/self/exe')")
+        assert stub.get("str(os.getpid()) in os.readlink('/proc/self/fd/20')")
+        assert stub.get("'21' in os.listdir(21)")
+
+
 def test_an_empty_fifo_keeps_its_size(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     setup = "import fcntl\nos.dup2(os.open('fifo', os.O_RDWR), 20); fcntl.fcntl(20, fcntl.F_SETPIPE_SZ, 1 << 18)\n"
