@@ -124,6 +124,10 @@ def _fill(draft: ProcessDraft, vmas: Iterable[Vma]) -> None:
         draft.warnings.append(
             f"its program file {draft.exe.path} was deleted: /proc/PID/exe will not be restored"
         )
+    if status.get("NoNewPrivs") == "1":
+        draft.warnings.append(
+            "it has no_new_privs: should it be in a Landlock domain, which nothing shows, it comes back without"
+        )
     for kind in _MUST_BE_OURS:
         if kind in draft.namespaces and draft.namespaces[kind] != os.readlink(f"/proc/self/ns/{kind}"):
             draft.blockers.append(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from checkpointd.errors import Unsupported
+from checkpointd.procfs import process
 from checkpointd.procfs.process import read_stat
 from checkpointd.target.process import process_blockers
 from tests.programs.restore_harness import capture
@@ -57,6 +58,25 @@ def test_a_thread_in_a_namespace_of_its_own_is_a_blocker() -> None:
         "threading.Thread(target=work, daemon=True).start()\nmade.wait()"
     )
     assert any("different uts namespaces" in one for one in blockers_of(code))
+
+
+@pytest.mark.parametrize("no_new_privs", [False, True])
+def test_what_nothing_shows_is_warned_of_where_it_may_be(*, no_new_privs: bool) -> None:
+    """Who lacks CAP_SYS_ADMIN needs no_new_privs to enter a Landlock domain."""
+    code = f"import ctypes; ctypes.CDLL(None).prctl(38, {int(no_new_privs)}, 0, 0, 0)"
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"{code}\nimport time\nprint('ready', flush=True)\ntime.sleep(60)"],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        has_it = process.read_status(child.pid)["NoNewPrivs"] == "1"  # it may have been inherited
+        warnings = capture(child.pid, with_files=False).state.process.warnings
+        assert any("Landlock" in warning for warning in warnings) is has_it
+    finally:
+        child.kill()
+        child.communicate()
 
 
 def test_secret_memory_is_a_blocker() -> None:
