@@ -85,3 +85,23 @@ def test_warning_comes_before_the_limit_and_names_the_remedy(
 
 def test_fallback_threshold_is_the_kernels() -> None:
     assert limits.fallback_threshold(65530) == 65530 - 4095
+
+
+def test_a_probe_that_a_busy_machine_held_up_is_made_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says is kept for good: it must not be that the time was up."""
+    outcomes: list[str | None] = [None, report(soft_dirty=ANSWER)]
+    patience: list[float] = []
+
+    def run(words: list[str], *, timeout: float, **_: object) -> subprocess.CompletedProcess[str]:
+        patience.append(timeout)
+        outcome = outcomes.pop(0)
+        if outcome is None:
+            raise subprocess.TimeoutExpired(words, timeout)
+        return subprocess.CompletedProcess(words, 0, outcome, "")
+
+    monkeypatch.setattr(probe.subprocess, "run", run)
+    asked = probe.probe.__wrapped__
+    assert asked().soft_dirty.works
+    assert patience[0] < patience[1]
+    outcomes += [None, None]
+    assert "did not end" in asked().soft_dirty.why
