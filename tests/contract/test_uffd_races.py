@@ -306,7 +306,9 @@ def test_a_collection_that_fails_leaves_no_page_that_nobody_watches() -> None:
         raise RuntimeError("the page worker died")
 
     try:
-        for page in (*range(8, 16), 40):
+        for page in range(
+            8, 16
+        ):  # and not the one that moves: what holds pages merges with nothing elsewhere
             write(page, 1)
         tracker.collect(space())
         tracker.commit()

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from checkpointd.errors import RestoreConflict
+from checkpointd.restore.files_check import check_files
 from checkpointd.state.files import FilesOptions
 from checkpointd.target.shared_objects import ObjectKey
 from tests.files_lab import driven, moved, restored, save
@@ -159,7 +160,12 @@ def test_directories_of_the_process_itself_in_proc():
 os.dup2(os.open('/proc/self', os.O_RDONLY | os.O_DIRECTORY), 20)
 os.dup2(os.open('/proc/self/fd', os.O_RDONLY | os.O_DIRECTORY), 21)
 """
-    with moved(setup) as (stub, _):
+    with driven() as target:
+        target.do(setup)
+        state, contents, _ = save(target)
+        target.kill()
+    assert check_files(state) == []  # there is no such process before the restore
+    with restored(state, contents) as (stub, _):
         assert stub.get("os.readlink('exe', dir_fd=20) == os.readlink('/proc/self/exe')")
         assert stub.get("str(os.getpid()) in os.readlink('/proc/self/fd/20')")
         assert stub.get("'21' in os.listdir(21)")
