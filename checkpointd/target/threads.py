@@ -291,9 +291,8 @@ def _sleep_of(
             if nr == Nr.NANOSLEEP and _is_clock(args[0]):
                 nr = int(Nr.CLOCK_NANOSLEEP)
         elif thread.blocked is not None and thread.blocked.nr != nr and thread.blocked.args == args:
-            nr = (
-                thread.blocked.nr
-            )  # somebody else stopped it (Ctrl-Z, a cgroup's freezer) since it was sampled
+            # somebody else stopped it (Ctrl-Z, a cgroup's freezer) since it was sampled
+            nr = thread.blocked.nr
         else:
             warnings.append(
                 f"thread {tid} sleeps in a call that cannot be told any more: restored, that call would end with "

@@ -172,8 +172,10 @@ def holding_data(pagemap: int, regions: ps.Regions, vmas: Sequence[Vma]) -> Pres
     huge = np.array([vma.kind is VmaKind.HUGETLB for vma in vmas] or [False], dtype=bool)[vma_at]
     is_file = (categories & np.uint64(ps.PAGE_IS_FILE)) != 0
     is_zero = (categories & np.uint64(ps.PAGE_IS_PFNZERO)) != 0
-    has_file = np.array([vma.kind is VmaKind.FILE_PRIVATE for vma in vmas] or [False], dtype=bool)[vma_at]
-    holds = own & present & ~is_file & (~is_zero | has_file)
+    holds = own & present & ~is_file
+    if is_zero.any():
+        of_file = np.array([vma.kind is VmaKind.FILE_PRIVATE for vma in vmas], dtype=bool)[vma_at]
+        holds &= ~is_zero | of_file
     maybe = np.flatnonzero(own & swapped & ~huge & ~guard)
     if len(maybe) == 0:
         keep = np.flatnonzero(holds)

@@ -124,10 +124,8 @@ class UffdWpTracker:
         self._seen = data
         self._epochs.close(data, dirty, space.always_dirty)
         self._lift_stale(space, present, foreign)
-        self._own = subtract_runs(
-            _ranges(space.vmas, {n for n, vma in enumerate(space.vmas) if vma.kind is VmaKind.ANON}),
-            _ranges(space.vmas, foreign),
-        )
+        anonymous = {n for n, vma in enumerate(space.vmas) if vma.kind is VmaKind.ANON}
+        self._own = _ranges(space.vmas, anonymous - foreign)
         tracepoint.hit("track.lifted")
         late = self._arm(space, dirty, foreign | known)
         if len(late):

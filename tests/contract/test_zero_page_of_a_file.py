@@ -46,11 +46,9 @@ def mapping() -> Iterator[Vma]:
 
 
 @pytest.mark.needs("uffd_wp")
-@pytest.mark.parametrize("by_words", [False, True])
+@pytest.mark.parametrize("by_words", [pytest.param(False, marks=pytest.mark.needs("pagemap_scan")), True])
 def test_it_holds_data(mapping: Vma, *, by_words: bool) -> None:
     known = features.probe()
-    if not (by_words or known.pagemap_scan):
-        pytest.skip("no PAGEMAP_SCAN here")
     pagemap = ps.open_pagemap(os.getpid())
     try:
         sight = Sight(has_scan=not by_words, has_guard_category=known.guard_category)

@@ -214,6 +214,31 @@ def test_an_export_is_private_whole_and_never_replaces_a_file_by_accident(house,
     assert os.listdir(tmp_path) == ["f.ckpt"]
 
 
+STOPPED_EXPORT = """
+import contextlib, os, signal, sys, time
+from checkpoint_cli import main, options
+
+class Client:
+    def export(self, image, store):
+        yield b"0" * 64
+        yield b"memory"
+        assert any(name.endswith(".part") for name in os.listdir("."))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+options.Session.client = lambda session: contextlib.nullcontext(Client())
+main.run(["export", "latest", "-o", "f.ckpt"])
+"""
+
+
+def test_an_export_that_is_ended_leaves_no_memory_of_others_behind(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_EXPORT], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert os.listdir(tmp_path) == []
+
+
 def test_export_and_import_work_in_a_pipe(house, target, tmp_path):
     assert house.checkpoint("dump", "-p", str(target)).returncode == 0
     with house.begin("export", "latest", "-o", "-") as exporting:

@@ -64,7 +64,7 @@ int main(int argc, char **argv)
 		int ring = syscall(SYS_io_uring_setup, 4, &params);
 
 		if (ring < 0)
-			return 77;
+			return 1;
 		told[0] = syscall(SYS_io_uring_enter, ring, 0, 1, IORING_ENTER_GETEVENTS, NULL, 0) < 0 ? errno : -1;
 	} else {
 		struct timespec wanted = { 10, 0 };

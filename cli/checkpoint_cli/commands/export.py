@@ -33,17 +33,11 @@ from checkpointd.errors import CheckpointError, NoSpace, NotPermitted
 def command(session: Session, image: str, output: str, force: bool, store: str) -> None:
     if output == "-" and sys.stdout.isatty():
         raise click.UsageError("an image is not for a terminal: redirect the output, or give -o FILE")
-    if output != "-" and not force and os.path.lexists(output):
-        raise click.UsageError(f"{output} exists; --force replaces it")
-    if (
-        output != "-"
-        and os.path.lexists(output)
-        and not os.path.islink(output)
-        and not os.path.isfile(output)
-    ):
-        raise click.UsageError(
-            f"{output} is not a regular file; give another one, or write to it through -o -"
-        )
+    if output != "-" and os.path.lexists(output):
+        if not (os.path.isfile(output) or os.path.islink(output)):
+            raise click.UsageError(f"{output} is not a regular file; give another, or write through -o -")
+        if not force:
+            raise click.UsageError(f"{output} exists; --force replaces it")
     nr_bytes = 0
     with session.client() as client:
         parts = client.export(image, store=store)
