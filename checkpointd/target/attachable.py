@@ -40,6 +40,26 @@ def exited(pid: int) -> TargetGone | Unsupported:
     )
 
 
+def nr_threads(pid: int) -> int:
+    """How many threads the kernel counts, those included that have exited and were not reaped yet.
+
+    Raises:
+        TargetGone: no such process.
+    """
+    try:
+        return process.read_stat(pid, pid).num_threads
+    except (OSError, ValueError) as error:
+        raise gone(pid) from error
+
+
+def not_listed(pid: int) -> Busy:
+    return Busy(
+        f"the threads of process {pid} end faster than they can be listed, so it cannot be stopped now",
+        hint="try again",
+        pid=pid,
+    )
+
+
 def _thread_ids(pid: int) -> list[int]:
     try:
         return process.thread_ids(pid)

@@ -6,10 +6,10 @@ one thread of ours: ptrace belongs to threads.  Our death at any instant thaws: 
 outlives us.  A target that was stopped (SIGSTOP) is stopped again after the thaw, by the kernel.
 
 Order: every thread is seized, leader first, and interrupted; the list of threads is read again until it shows nothing
-new while all are stopped; threads that stand in code a dead agent left are let run home first; then registers, masks
-and rseq are read.  A thread inside an rseq critical section is moved to its abort address at once, as the kernel
-would do; a system call that would report a false EINTR is made to go on, and a sleep that is about to go on is put
-back into its call (`restartable`).
+new while all are stopped, and as many as the kernel counts; threads that stand in code a dead agent left are let run
+home first; then registers, masks and rseq are read.  A thread inside an rseq critical section is moved to its abort
+address at once, as the kernel would do; a system call that would report a false EINTR is made to go on, and a sleep
+that is about to go on is put back into its call (`restartable`).
 
 The kernel's own workers (of an io_uring, of vhost) stand among a process's threads but run none of its code.  They
 are not touched: a stop would end the call they are busy with in EINTR, and nothing can be injected into them.  An idle
@@ -290,10 +290,7 @@ def freeze(pid: int, *, timeout_s: float = 5.0) -> Frozen:
     """
     attachable.check_attachable(pid)
     deadline = time.monotonic() + timeout_s
-    try:
-        tids = process.thread_ids(pid)
-    except OSError as error:
-        raise attachable.gone(pid) from error
+    tids = _list_threads(pid)
     workers = attachable.wait_until_interruptible(pid, tids, deadline)
     blocked = restartable.sample(pid, tids, restartable.TIMED_CALLS)
     frozen = Frozen(pid, _known=set(tids) - workers, _cannot_run=attachable.is_in_frozen_cgroup(pid))
@@ -318,13 +315,22 @@ def _stop_all(frozen: Frozen, deadline: float) -> None:
     pid = frozen.pid
     undertaker.get().watch(pid, frozen._held)
     ways_home = 0
+    listed: list[int] = []
     while True:
-        pending = _seize_new(frozen)
+        nr_alive, before = attachable.nr_threads(pid), listed
+        listed = _list_threads(pid)
+        pending = _seize_new(frozen, listed)
         if pending:
             _wait_stopped(frozen, pending, deadline)
             continue
         if pid not in frozen._held:
             raise attachable.gone(pid)
+        # The kernel ends the list early when a thread dies just as it is listed, and the rest seem not to be there.
+        # Those listed twice were all alive when they were counted in between, so the count tells of any other.
+        if listed != before or len(listed) != nr_alive:
+            if time.monotonic() > deadline:
+                raise attachable.not_listed(pid)
+            continue
         at_large = _in_left_behind(frozen)
         if not at_large:
             _wait_idle(frozen, deadline)
@@ -370,13 +376,16 @@ def _in_left_behind(frozen: Frozen) -> list[int]:
     return [tid for tid, regs in frozen._regs.items() if left_behind.holds(regs.rip)]
 
 
-def _seize_new(frozen: Frozen) -> set[int]:
-    """Seize and interrupt the threads not held yet; those now on their way to a stop."""
-    pid = frozen.pid
+def _list_threads(pid: int) -> list[int]:
     try:
-        tids = process.thread_ids(pid)
+        return process.thread_ids(pid)
     except OSError as error:
         raise attachable.gone(pid) from error
+
+
+def _seize_new(frozen: Frozen, tids: list[int]) -> set[int]:
+    """Seize and interrupt those of the threads that are not held yet; those now on their way to a stop."""
+    pid = frozen.pid
     new = [tid for tid in tids if tid not in frozen._held]
     new.sort(key=lambda tid: tid != pid)
     pending = set()

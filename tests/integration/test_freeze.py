@@ -16,6 +16,7 @@ import pytest
 from checkpointd import tracepoint
 from checkpointd.agent.check import refuse_impossible
 from checkpointd.errors import Busy, TargetExeced, TargetGone, Unsupported, UsageError
+from checkpointd.procfs import process
 from checkpointd.target.freeze import freeze
 from tests.soak import lab, sessions
 
@@ -110,6 +111,31 @@ def test_threads_being_born_and_dying(start):
             # one that has exited may be listed for a moment more: nobody can trace it, and it runs nothing
             alive = {tid for tid, state in states.items() if state not in "XZ"}
             assert alive == set(frozen.threads), states
+    target.judge()
+
+
+def test_a_list_of_threads_that_was_cut_short_leaves_none_running(start, monkeypatch):
+    """The kernel ends the list when a thread dies just as it is listed: those born after it seem not to be there."""
+    target = start("threads9")
+    whole, cuts = process.thread_ids, [6, 6, 7, 6, 6]
+
+    def cut_short(pid: int) -> list[int]:
+        return whole(pid)[: cuts.pop()] if cuts else whole(pid)
+
+    monkeypatch.setattr(process, "thread_ids", cut_short)
+    with freeze(target.pid) as frozen:
+        assert not cuts
+        assert set(frozen.threads) == set(whole(target.pid))
+        assert set(_states(target.pid).values()) == {"t"}
+    target.judge()
+
+
+def test_a_list_that_is_never_whole_is_no_freeze(start, monkeypatch):
+    target = start("threads9")
+    whole = process.thread_ids
+    monkeypatch.setattr(process, "thread_ids", lambda pid: whole(pid)[:6])
+    with pytest.raises(Busy, match="faster than they can be listed"):
+        freeze(target.pid, timeout_s=0.2)
     target.judge()
 
 
