@@ -109,6 +109,18 @@ def _ptrace() -> bool:
             os.waitpid(child, 0)
 
 
+def _realtime() -> bool:
+    """A child may take a real-time priority (CAP_SYS_NICE or RLIMIT_RTPRIO)."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
 def _area() -> tuple[mmap.mmap, int]:
     area = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area[0] = area[PAGE] = 1
@@ -244,6 +256,7 @@ def _root() -> bool:
 ABILITIES: dict[str, Callable[[], bool]] = {
     "root": _root,
     "ptrace": _ptrace,
+    "realtime": _realtime,
     "uffd_wp": _uffd_wp,
     "holes_are_written": _holes_are_written,
     "pagemap_scan": _pagemap_scan,

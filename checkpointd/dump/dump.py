@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,6 +41,7 @@ from checkpointd.dump.limits import Limits, Report
 from checkpointd.dump.options import DumpOptions
 from checkpointd.dump.page_reading import CopyRequest
 from checkpointd.dump.pages import PageWorker
+from checkpointd.dump.priority import AheadOfOthers
 from checkpointd.dump.targets import KnownAlone, forks_cost_pool_pages, is_watched, written_beside
 from checkpointd.dump.work import Work
 from checkpointd.errors import (
@@ -188,10 +190,14 @@ class Dumper:
             work.huge = huge_runs(self.pid, work.maps_draft.vmas)
             report("freezing", 0, 0)
             tracepoint.hit("dump.freeze")
-            with freeze(self.pid, timeout_s=work.limits.freeze_timeout_s()) as frozen:
+            with (
+                self._ahead_of_others() as ahead,
+                freeze(self.pid, timeout_s=work.limits.freeze_timeout_s()) as frozen,
+            ):
                 work.stats.freezing_time = frozen.freezing_time_us
                 copy = self._frozen(frozen, options, parent, work, report)
                 if options.kill:
+                    ahead.end()  # nobody waits for it any more
                     self._finish(options, parent, work, report)
                     os.kill(self.pid, signal.SIGKILL)
                     frozen.thaw()
@@ -495,11 +501,18 @@ class Dumper:
 
     def _reap(self, copy: ForkedCopy) -> None:
         """The forked copy is the target's zombie until the target waits for it."""
-        with contextlib.suppress(CheckpointError, OSError), freeze(self.pid) as frozen:
+        with (
+            contextlib.suppress(CheckpointError, OSError),
+            self._ahead_of_others(),
+            freeze(self.pid) as frozen,
+        ):
             note_sleeps(frozen, self.sleeps)
             frozen.reap_copy(copy)
 
     # -- small things
+
+    def _ahead_of_others(self) -> AheadOfOthers:
+        return AheadOfOthers(threading.get_native_id(), self._worker.pid)
 
     def _is_cancelled(self) -> bool:
         return self.cancelled()  # which may be set while a dump is under way

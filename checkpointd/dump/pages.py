@@ -40,6 +40,10 @@ class PageWorker:
         self._buffer_bytes = buffer_bytes
         self._start()
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def _start(self) -> None:
         self._child = Child("checkpointd.dump.page_server", str(self._buffer_bytes), gone=_GONE)
         self._copying = False

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Going ahead of the machine's other work while a target stands still.
+
+A stop is some milliseconds of work, handed to and fro between agent, page worker and target.  With ordinary priority
+whoever is next may wait for a CPU for a time slice, which is as long as all of that work.  So those of our threads
+that the target waits for take the lowest real-time priority, and give it back at the thaw.
+
+Only threads of ordinary scheduling do: who runs the service as batch or idle work, or with a real-time priority, has
+decided already.  Where it is not permitted (CAP_SYS_NICE, RLIMIT_RTPRIO; `RestrictRealtime=` of systemd) all stays as
+it is.  What they start meanwhile has ordinary priority (SCHED_RESET_ON_FORK): pages in any number are read by threads
+that do not go ahead of others.  The target's own scheduling is never touched: our death would leave it so.
+
+Source: sched(7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from types import TracebackType
+
+_PRIORITY = 1
+
+
+class AheadOfOthers:
+    """A context in which threads go ahead; `end` is its early end.  Raises nothing.
+
+    Args:
+        tids: threads of ours, in this process or another.
+    """
+
+    def __init__(self, *tids: int) -> None:
+        self._tids = tids
+        self._raised: list[int] = []
+
+    def __enter__(self) -> AheadOfOthers:
+        for tid in self._tids:
+            with contextlib.suppress(OSError):
+                if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == os.SCHED_OTHER:
+                    self._raised.append(
+                        tid
+                    )  # first: an interruption (Ctrl-C) right behind the call must not lose it
+                    _schedule(tid, os.SCHED_RR | os.SCHED_RESET_ON_FORK, _PRIORITY)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        for tid in self._raised:
+            with contextlib.suppress(OSError):
+                try:
+                    _schedule(tid, os.SCHED_OTHER, 0)
+                except PermissionError:  # without rights the flag cannot be taken back
+                    _schedule(tid, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, 0)
+        self._raised.clear()
+
+
+def _schedule(tid: int, policy: int, priority: int) -> None:
+    os.sched_setscheduler(tid, policy, os.sched_param(priority))
