@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 
@@ -97,13 +96,7 @@ def restore(args: RestoreArgs, report: Report) -> tuple[RestoreStats, Dumper | N
 
 
 def _state_of(image: Image) -> ImageState:
-    try:
-        data = json.loads(image.state)
-    except ValueError as error:
-        raise ImageDamaged(
-            f"the state of image {image.id} is not JSON", hint="run `checkpoint verify`"
-        ) from error
-    state = codec.decode(ImageState, data)
+    state = codec.decode_json(ImageState, image.state)
     if not state.process.threads:
         raise RestoreConflict(f"image {image.id} holds no thread")
     return state

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Protocol, Self
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # failures reach us as errors, not as lines on stderr
@@ -36,6 +36,12 @@ _OPTIONS: list[tuple[str, Any]] = [
 ]
 _SOCKET_OPTIONS = [*_OPTIONS, ("grpc.default_authority", "localhost")]
 _TCP_OPTIONS = [*_OPTIONS, ("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 20_000)]
+
+
+class Readable(Protocol):
+    """What a portable file is read from."""
+
+    def read(self, nr_bytes: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ class Client:
         for message in self._stream("Export", pb.ExportRequest(image=image, store=store)):
             yield message.data or message.image_id.encode("ascii")
 
-    def import_file(self, source: BinaryIO, *, store: str = "") -> dict[str, Any]:
+    def import_file(self, source: Readable, *, store: str = "") -> dict[str, Any]:
         """Send a portable file; returns the new image."""
 
         def requests() -> Iterator[pb.ImportRequest]:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from checkpointd.errors import CheckpointError, ImageDamaged, UsageError
+from checkpointd.state import codec
+from checkpointd.state.process import ImageState
 
 if TYPE_CHECKING:
     from checkpointd.image.info import ImageInfo
@@ -57,15 +59,20 @@ class Stores:
 
 
 def manifest_json(store: Store, image_id: str) -> str:
-    """Meta and state of an image as one JSON object: {"meta": {...}, "state": {...}}."""
+    """Meta and state of an image as one JSON object: {"meta": {...}, "state": {...}}.
+
+    A state that no restore would take is null, and `state_problem` tells why.
+    """
     image = store.load(image_id)
-    state: Any
+    state: Any = None
+    problem = {}
     try:
+        codec.decode_json(ImageState, image.state)
         state = json.loads(image.state)
-    except ValueError:
-        state = None
+    except ImageDamaged as error:
+        problem = {"state_problem": error.message}
     return json.dumps(
-        {"meta": image.meta, "state": state, "info": dataclasses.asdict(image.info)}, default=str
+        {"meta": image.meta, "state": state, **problem, "info": dataclasses.asdict(image.info)}, default=str
     )
 
 

@@ -14,6 +14,7 @@ import binascii
 import dataclasses
 import enum
 import functools
+import json
 import types
 import typing
 from typing import Any, TypeVar
@@ -50,6 +51,19 @@ def decode(cls: type[T], data: Any) -> T:
         return typing.cast(T, _decode(cls, data, cls.__name__))
     except (TypeError, ValueError, KeyError, binascii.Error) as error:
         raise ImageDamaged(f"the image's state is malformed: {error}") from error
+
+
+def decode_json(cls: type[T], text: bytes) -> T:
+    """JSON as a `cls`.
+
+    Raises:
+        ImageDamaged: the data does not fit the class, or is not JSON.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ImageDamaged("the image's state is malformed: it is not JSON") from error
+    return decode(cls, data)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ gRPC comes with the first connection.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import click
 
 from checkpoint_cli.output import printable_lines
-from checkpointd.errors import CheckpointError, UsageError
+from checkpointd.errors import CheckpointError, NoSpace, UsageError
 from checkpointd.version import VERSION
 
 COMMANDS = (
@@ -105,7 +106,21 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point; exits."""
+    _hold_standard_streams()
     sys.exit(run(sys.argv[1:]))
+
+
+def _hold_standard_streams() -> None:
+    """Nothing else may come to have the numbers of those that are closed: what is meant for them would go there.
+
+    A closed output is one that cannot be written to.
+    """
+    for fd, name, how in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, how)  # gets the lowest number that is free: this one
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))
 
 
 def run(arguments: list[str]) -> int:
@@ -135,9 +150,22 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         _drop_stdout()
         return 1
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRORS or error.filename is not None:
+            raise
+        _drop_stdout()
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        failure = (NoSpace if full else CheckpointError)(
+            f"cannot write the output: {error.strerror}", hint="what was asked for may have been done"
+        )
+        report(failure, as_json=as_json)
+        return failure.exit_code
     except CheckpointError as error:
         report(error, as_json=as_json)
         return int(error.details.get("exit_status", error.exit_code))
+
+
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF)
 
 
 def _end(number: int, _frame: object) -> None:
@@ -185,6 +213,4 @@ def _print_error_json(values: dict[str, Any]) -> None:
 
 def _drop_stdout() -> None:
     """Nobody reads us any more: keep the interpreter from complaining about it at exit."""
-    import os  # noqa: PLC0415 - only for this case
-
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

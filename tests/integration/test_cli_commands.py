@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import stat
 import subprocess
@@ -250,6 +251,70 @@ def test_export_and_import_work_in_a_pipe(house, target, tmp_path):
         )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["image"]["nr_pages"] == 5
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_import_that_waits_for_more_can_be_interrupted(house, target, number, status):
+    """By Ctrl-C at a terminal, or in a pipe whose writer thinks."""
+    assert house.checkpoint("dump", "-p", str(target)).returncode == 0
+    before = len(house.checkpoint_json("ls")["images"])
+    reads, writes = os.pipe()
+    try:
+        with subprocess.Popen(
+            house.command("import", "-"), stdin=reads, stderr=subprocess.PIPE, env=house.environ
+        ) as command:
+            os.write(writes, b"CKPT")
+            wait_until(lambda: not select.select([reads], [], [], 0)[0], "the command's reading")
+            command.send_signal(number)
+            assert command.wait(30) == status
+            assert b"Traceback" not in command.stderr.read()
+    finally:
+        os.close(reads)
+        os.close(writes)
+    assert len(house.checkpoint_json("ls")["images"]) == before
+
+
+def test_what_cannot_be_imported_is_named(house, tmp_path):
+    done = house.checkpoint("import", str(tmp_path))
+    assert (done.returncode, done.stderr.splitlines()[0]) == (
+        2,
+        f"checkpoint: cannot read {tmp_path}: Is a directory",
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("words", [("ls",), ("ls", "--json"), ("--help",), ("check",)])
+def test_an_output_that_cannot_be_written_is_a_failure(house, target, words):
+    assert house.checkpoint("dump", "-p", str(target)).returncode == 0
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            house.command(*words), stdout=full, stderr=subprocess.PIPE, env=house.environ, text=True
+        )
+    assert (done.returncode, "cannot write the output: No space left" in done.stderr) == (13, True)
+    assert "Traceback" not in done.stderr
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *house.command(*words)],
+        stderr=subprocess.PIPE,
+        env=house.environ,
+        text=True,
+    )
+    assert (closed.returncode, "cannot write the output: Bad file" in closed.stderr) == (1, True)
+    assert "Traceback" not in closed.stderr
+
+
+def test_without_standard_streams_nothing_else_takes_their_place(house, target):
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            'exec "$@" <&- >&- 2>&-',
+            "sh",
+            *house.command("dump", "-p", str(target), "--tag", "mute"),
+        ],
+        env=house.environ,
+    )
+    assert done.returncode == 1
+    assert last_image(house)["tag"] == "mute"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")

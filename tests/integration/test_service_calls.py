@@ -8,6 +8,7 @@ import os
 import threading
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -16,6 +17,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from checkpointd import errors
 from checkpointd.api.v1 import checkpoint_pb2 as pb
 from checkpointd.api.v1 import checkpoint_pb2_grpc
+from checkpointd.image.store import Store
+from checkpointd.memory import PAGE_SIZE
 from checkpointd.version import VERSION
 from tests.service_harness import House, is_gone, sleeping_target, wait_until
 
@@ -216,6 +219,29 @@ def test_images_are_listed_shown_verified_and_removed(client, target):
     assert client.delete(["latest", image_id])["image_ids"] == [image_id]
     with pytest.raises(errors.ImageNotFound):
         client.get(image_id)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (b"[" * 100_000, "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b'{"process": 5}', "int, not dict"),
+        (b"{}", "missing"),
+    ],
+)
+def test_an_image_whose_state_is_malformed_is_shown_all_the_same(house, client, state, words):
+    with Store.open(house.store, create=True).begin(parent=None, threads=1, compress="none") as builder:
+        builder.add_pages(0, np.array([5], dtype=np.uint64), np.ones(PAGE_SIZE, dtype=np.uint8))
+        image_id = builder.commit(meta={"pid": 4, "comm": "odd"}, state=state).id
+    shown = client.get(image_id)
+    assert (shown["meta"]["comm"], shown["state"], words in shown["state_problem"]) == ("odd", None, True)
+    done = house.checkpoint("show", image_id)
+    assert (done.returncode, "restore  not possible: the image's state is malformed" in done.stdout) == (
+        0,
+        True,
+    )
+    client.delete([image_id])
 
 
 def test_nothing_is_removed_when_one_name_is_wrong(client, target):

@@ -49,6 +49,8 @@ def command(session: Session, image: str, vmas: bool, store: str) -> None:
         if value:
             click.echo(f"{name:9}{printable(value)}")
     state = answer.get("state")
+    if problem := answer.get("state_problem"):
+        click.echo(f"restore  not possible: {printable(problem)}")
     if isinstance(state, dict):
         _print_counts(state)
         if vmas:
