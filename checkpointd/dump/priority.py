@@ -6,17 +6,19 @@ whoever is next may wait for a CPU for a time slice, which is as long as all of 
 that the target waits for take the lowest real-time priority, and give it back at the thaw.
 
 Only threads of ordinary scheduling do: who runs the service as batch or idle work, or with a real-time priority, has
-decided already.  Where it is not permitted (CAP_SYS_NICE, RLIMIT_RTPRIO; `RestrictRealtime=` of systemd) all stays as
-it is.  What they start meanwhile has ordinary priority (SCHED_RESET_ON_FORK): pages in any number are read by threads
-that do not go ahead of others.  The target's own scheduling is never touched: our death would leave it so.
+decided already.  Where it is not permitted (CAP_SYS_NICE, RLIMIT_RTPRIO; `RestrictRealtime=` of systemd), or limited in
+time by a signal that would kill us (RLIMIT_RTTIME), all stays as it is.  What they start meanwhile has ordinary
+priority (SCHED_RESET_ON_FORK): pages in any number are read by threads that do not go ahead of others.  The target's
+own scheduling is never touched: our death would leave it so.
 
-Source: sched(7).
+Source: sched(7), getrlimit(2).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from types import TracebackType
 
 _PRIORITY = 1
@@ -34,6 +36,8 @@ class AheadOfOthers:
         self._raised: list[int] = []
 
     def __enter__(self) -> AheadOfOthers:
+        if resource.getrlimit(resource.RLIMIT_RTTIME)[0] != resource.RLIM_INFINITY:
+            return self
         for tid in self._tids:
             with contextlib.suppress(OSError):
                 if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == os.SCHED_OTHER:

@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -380,6 +381,20 @@ def test_a_service_that_runs_as_batch_work_stays_that(target, dumper, store, tmp
     finally:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     assert seen == [{policy}]
+
+
+@pytest.mark.needs("realtime")
+def test_where_time_ahead_of_others_is_limited_nobody_goes_ahead(target, dumper, store, tmp_path):
+    """The kernel kills with SIGXCPU who exceeds it."""
+    seen = []
+    tracepoint.register("dump.copied", lambda _: seen.append(_policies(threading.get_native_id())))
+    limits = resource.getrlimit(resource.RLIMIT_RTTIME)
+    resource.setrlimit(resource.RLIMIT_RTTIME, (200_000, limits[1]))
+    try:
+        dumper.dump(options(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_RTTIME, limits)
+    assert seen == [{os.SCHED_OTHER}]
 
 
 def test_without_the_right_to_go_ahead_a_dump_is_made_all_the_same(
