@@ -301,15 +301,13 @@ def _next_wd(fd: int, wd: int) -> None:
 
 
 def shared_memory(maker: Maker, index: int, one: SharedMemory) -> int:
-    """A description of a shared object that the memory room has made."""
+    """A description of a shared object that the memory room has made, and seals when all is open."""
     base = maker.context.object_fds.get(one.object)
     if base is None:
         raise RestoreConflict(f"{maker.name(index)}: the image has no shared memory object {one.object}")
     fd = reopen(base, one.flags, what=maker.name(index))
     if one.offset:
         os.lseek(fd, one.offset, os.SEEK_SET)
-    if one.seals:
-        maker.deferred.append(lambda: _seal(maker, index, base, one.seals))
     return fd
 
 

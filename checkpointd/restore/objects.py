@@ -41,7 +41,7 @@ _NR_FALLOCATE = 285
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _MADV_REMOVE = 9
 _ZEROS = 1 << 20
-_MEMFD_PREFIX = "/memfd:"
+_MEMFD_NAME_MAX = 249  # NAME_MAX less "memfd:"
 
 
 @dataclass
@@ -356,11 +356,17 @@ class Objects:
         """Add seals, give back times, and remove what was removed: when all is mapped and filled."""
         for one in self.space.objects:
             is_named = one.flavour == "tmpfs" and not one.deleted
-            if is_named and one.mtime_ns is not None and one.id not in self._only_read:
-                # so that the next restore of the image finds it unchanged
+            if (
+                one.flavour in ("tmpfs", "memfd")
+                and one.mtime_ns is not None
+                and one.id not in self._only_read
+            ):
+                if not is_named:
+                    self._give_away(one)
+                # so that the next restore of the image finds a named one unchanged
                 os.utime(self.object_fds[one.id], ns=(time.time_ns(), one.mtime_ns))
-            if one.flavour == "memfd" and one.seals & ~_F_SEAL_EXEC not in (0, _F_SEAL_SEAL):
-                # whoever restored a descriptor of it may have done so, and F_SEAL_SEAL forbids to do it twice
+            if one.flavour == "memfd":
+                # it may have been made with some, and F_SEAL_SEAL forbids to add even those
                 fd = self.object_fds[one.id]
                 if missing := one.seals & ~fcntl.fcntl(fd, _F_GET_SEALS):
                     fcntl.fcntl(fd, _F_ADD_SEALS, missing)
@@ -370,6 +376,22 @@ class Objects:
                 and self.shmids[one.id] in self._new_segments
             ):
                 sysv.remove(self.shmids[one.id])
+
+    def _give_away(self, one: SharedObject) -> None:
+        """Owner and permissions of memory without a name: when nobody has to open it any more."""
+        fd = self.object_fds[one.id]
+        try:
+            there = os.fstat(fd)
+            if (there.st_uid, there.st_gid) != (one.uid, one.gid):
+                os.fchown(fd, one.uid, one.gid)
+            # after the owner, whose change clears set-user-ID
+            if stat.S_IMODE(os.fstat(fd).st_mode) != stat.S_IMODE(one.mode):
+                os.fchmod(fd, stat.S_IMODE(one.mode))
+        except PermissionError:
+            self.warnings.append(
+                f"shared memory {one.name} cannot be given back to user {one.uid}, group {one.gid}, "
+                f"with permissions {stat.S_IMODE(one.mode):o}"
+            )
 
     def close(self, *, failed: bool = False) -> None:
         """Close everything of ours; after a failure also remove what was made under a name."""
@@ -392,19 +414,25 @@ class Objects:
 
 
 def _make_memfd(one: SharedObject) -> int:
-    flags = _MFD_CLOEXEC | (
-        0 if one.seals & _F_SEAL_SEAL and one.seals == _F_SEAL_SEAL else _MFD_ALLOW_SEALING
-    )
+    is_sealable = one.flavour == "memfd" and one.seals != _F_SEAL_SEAL
+    flags = _MFD_CLOEXEC | (_MFD_ALLOW_SEALING if is_sealable else 0)
     if one.hugetlb:
         flags |= hugetlb.MFD_HUGETLB | hugetlb.size_flag(one.pool_page_bytes)
-    name = one.name.removeprefix(_MEMFD_PREFIX) or "shared"
-    extra = _MFD_NOEXEC_SEAL if one.seals & _F_SEAL_EXEC else _MFD_EXEC
+    # a path of what was unlinked may be longer than a name
+    name = one.name if one.flavour == "memfd" else _shortened(one.name or "shared")
+    # one that may be executed for ever was sealed later
+    is_executable = one.mtime_ns is not None and one.mode & 0o111
+    extra = _MFD_NOEXEC_SEAL if one.seals & _F_SEAL_EXEC and not is_executable else _MFD_EXEC
     try:
         fd = os.memfd_create(name, flags | extra)
     except OSError:  # both came with Linux 6.3
         fd = os.memfd_create(name, flags)
     os.ftruncate(fd, one.size_bytes)
     return fd
+
+
+def _shortened(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:_MEMFD_NAME_MAX])
 
 
 def open_file(opener: Opener, identity: FileIdentity, *, writable: bool) -> int:

@@ -85,9 +85,9 @@ class SharedObject:
         size_bytes: of the whole object.
         seals: F_SEAL_* of a memfd.
         key: of a System V segment.
-        mode, uid, gid: of a segment, and of a file on a tmpfs where `mtime_ns` is known.
+        mode, uid, gid: of a segment, and of a memfd or a file on a tmpfs where `mtime_ns` is known.
         hugetlb: made of pages of a hugetlb pool.
-        mtime_ns: of a file on a tmpfs; None in images of before it was kept.
+        mtime_ns: of a memfd or a file on a tmpfs; None in images of before it was kept.
         pool_page_bytes: size of these pages; 0 for all other memory.
     """
 

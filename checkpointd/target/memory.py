@@ -289,7 +289,7 @@ class _Objects:
         sysv = self._sysv_segment(key.inode) if flavour == "sysv" else _NO_SEGMENT
         # a segment of huge pages may be smaller than the pages it is made of
         size_bytes = sysv.size_bytes or found.st_size
-        is_named = flavour == "tmpfs"
+        has_inode = flavour in ("tmpfs", "memfd")  # which a program can give away, and set the time of
         self.sources.append(
             SharedSource(
                 SharedObject(
@@ -301,13 +301,13 @@ class _Objects:
                     size_bytes=size_bytes,
                     seals=seals,
                     key=sysv.key,
-                    mode=stat.S_IMODE(found.st_mode) if is_named else sysv.mode,
-                    uid=found.st_uid if is_named else sysv.uid,
-                    gid=found.st_gid if is_named else sysv.gid,
+                    mode=stat.S_IMODE(found.st_mode) if has_inode else sysv.mode,
+                    uid=found.st_uid if has_inode else sysv.uid,
+                    gid=found.st_gid if has_inode else sysv.gid,
                     deleted=deleted,
                     hugetlb=pool_bytes != 0,
                     pool_page_bytes=pool_bytes,
-                    mtime_ns=found.st_mtime_ns if is_named else None,
+                    mtime_ns=found.st_mtime_ns if has_inode else None,
                 ),
                 path,
             )
