@@ -50,7 +50,10 @@ class FileLock:
 
 @dataclass(frozen=True, slots=True)
 class SignalOwner:
-    """Who gets the signal of O_ASYNC or of a socket's urgent data (F_SETOWN_EX, F_SETSIG)."""
+    """Who gets the signal of O_ASYNC or of a socket's urgent data (F_SETOWN_EX, F_SETSIG).
+
+    `id` is 0 where only the signal was chosen so far.
+    """
 
     type: int  # F_OWNER_TID 0, F_OWNER_PID 1, F_OWNER_PGRP 2
     id: int

@@ -39,6 +39,7 @@ from checkpointd.target.files_session import (
     CannotSaveError,
     ConnectionOpenError,
     ExtraContent,
+    FdKey,
     ObjectIds,
     OpenFd,
     Session,
@@ -92,6 +93,7 @@ class FilesDraft:
     mounts: dict[int, fdinfo.Mount] = field(default_factory=dict)
     inotify_paths: dict[tuple[int, int], str] = field(default_factory=dict)
     closed_sockets: dict[int, ClosedSocket] = field(default_factory=dict)
+    ownerless: set[FdKey] = field(default_factory=set)
     boot_id: str = ""
 
 
@@ -139,6 +141,7 @@ def _prepare(pid: int, options: FilesOptions) -> FilesDraft:
         _describe(session)
         draft.inotify_paths = session.inotify_paths
         draft.closed_sockets = session.closed_sockets
+        draft.ownerless = session.ownerless
         draft.blockers = session.all_problems()
     return draft
 
@@ -191,6 +194,7 @@ def capture_files(
             mounts=draft.mounts,
             inotify_paths=draft.inotify_paths,
             closed_sockets=draft.closed_sockets,
+            ownerless=draft.ownerless,
         ) as session:
             try:
                 state = _describe(session)
@@ -387,14 +391,25 @@ def _with_locks_and_owner(
     if one.info.locks:
         changes["locks"] = tuple(_lock(one, entry) for entry in one.info.locks)
     may_signal = one.flags & fdcalls.FASYNC or stat.S_ISSOCK(one.stat.st_mode)
-    if may_signal and not one.flags & fdcalls.O_PATH and not isinstance(description, ClosedSocket):
-        with session.borrow(one.fd) as fd:
-            kind, number, signal = fdcalls.get_owner(fd)
-        if number:
-            changes["owner"] = SignalOwner(kind, number, signal, own_process=number == session.pid)
+    # the others are asked before the freeze, and again only if they are new or had an answer
+    if not session.final or may_signal or one.key not in session.ownerless:
+        if owner := _owner(session, one, description):
+            changes["owner"] = owner
+        elif not session.final:
+            session.ownerless.add(one.key)
     if not changes:
         return description
     return dataclasses.replace(description, **changes)  # type: ignore[arg-type]
+
+
+def _owner(session: Session, one: OpenFd, description: AnyDescription) -> SignalOwner | None:
+    if one.flags & fdcalls.O_PATH or isinstance(description, ClosedSocket):
+        return None
+    with session.borrow(one.fd) as fd:
+        kind, number, signal = fdcalls.get_owner(fd)
+    if not (number or signal):
+        return None
+    return SignalOwner(kind, number, signal, own_process=number == session.pid)
 
 
 def _lock(one: OpenFd, entry: fdinfo.LockEntry) -> FileLock:

@@ -27,6 +27,9 @@ SMALL_CONTENT_BYTES = 1 << 20
 
 _TOLD_ONE_BY_ONE = 3
 
+FdKey = tuple[int, int, int]
+"""A descriptor with device and inode of what it leads to: another one under its number has another key."""
+
 ObjectIds = Mapping[ObjectKey, int]
 """((major, minor), inode) to the id of a shared object of the image."""
 
@@ -53,6 +56,10 @@ class OpenFd:
     @property
     def device(self) -> tuple[int, int]:
         return (os.major(self.stat.st_dev), os.minor(self.stat.st_dev))
+
+    @property
+    def key(self) -> FdKey:
+        return (self.fd, self.stat.st_dev, self.stat.st_ino)
 
     @property
     def flags(self) -> int:
@@ -91,6 +98,7 @@ class Session:
         connections: fd and sentence of each TCP connection that forbids the dump.
         inotify_paths: (kernel device, inode) to path, found before the freeze.
         closed_sockets: by inode, connections that will come back closed; so they stay whatever happens to them.
+        ownerless: descriptors whose signals have neither owner nor number, found before the freeze.
     """
 
     pid: int
@@ -104,6 +112,7 @@ class Session:
     inotify_paths: dict[tuple[int, int], str] = field(default_factory=dict)
     mounts: dict[int, fdinfo.Mount] = field(default_factory=dict)
     closed_sockets: dict[int, ClosedSocket] = field(default_factory=dict)
+    ownerless: set[FdKey] = field(default_factory=set)
     _pidfd: int = -1
     _foreign_network: bool | None = None
     _multicast: dict[int, list[tuple[int, bytes]]] = field(default_factory=dict)

@@ -9,8 +9,10 @@ import time
 import pytest
 
 from checkpointd.errors import RestoreConflict
+from checkpointd.linux import fcntl as fdcalls
 from checkpointd.restore.files_check import check_files
 from checkpointd.state.files import FilesOptions
+from checkpointd.target.files import capture_files, prepare_files
 from checkpointd.target.shared_objects import ObjectKey
 from tests.files_lab import driven, moved, restored, save
 
@@ -418,3 +420,41 @@ fcntl.fcntl(20, fcntl.F_SETFL, os.O_ASYNC)
         stub.do("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); os.write(4, b'x')")
         assert stub.get("fcntl.fcntl(20, fcntl.F_GETOWN)") == stub.pid
         assert stub.get("signal.sigtimedwait([signal.SIGUSR2], 10).si_signo") == 12
+
+
+def test_signal_and_owner_of_what_raises_no_signal_yet():
+    setup = """
+r, w = os.pipe(); os.dup2(r, 20); os.dup2(w, 21)
+fcntl.fcntl(20, fcntl.F_SETSIG, signal.SIGUSR2)
+fcntl.fcntl(21, fcntl.F_SETOWN, os.getpid())
+s = socket.socket(); os.dup2(s.fileno(), 22); s.close()
+fcntl.fcntl(22, fcntl.F_SETSIG, signal.SIGUSR1)
+"""
+    with moved(setup) as (stub, warnings):
+        assert warnings == []
+        for fd, signal, owner in ((20, 12, 0), (21, 0, stub.pid), (22, 10, 0)):
+            assert stub.get(f"fcntl.fcntl({fd}, fcntl.F_GETSIG)") == signal
+            assert stub.get(f"fcntl.fcntl({fd}, fcntl.F_GETOWN)") == owner
+        # the owner comes when the program begins to wait for the signal
+        stub.do("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGIO])")
+        stub.do("fcntl.fcntl(20, fcntl.F_SETOWN, os.getpid()); fcntl.fcntl(20, fcntl.F_SETFL, os.O_ASYNC)")
+        stub.do("os.write(21, b'x')")
+        assert stub.get("signal.sigtimedwait([signal.SIGUSR2, signal.SIGIO], 10).si_signo") == 12
+
+
+def test_only_what_had_an_owner_or_is_new_is_asked_in_the_freeze(monkeypatch):
+    """A target stands still for each question."""
+    asked = []
+    real = fdcalls.get_owner
+    with driven() as target:
+        target.do("pipes = [os.pipe() for _ in range(50)]; fcntl.fcntl(pipes[0][0], fcntl.F_SETSIG, 12)")
+        draft = prepare_files(target.pid)
+        target.do("new, _ = os.pipe(); fcntl.fcntl(new, fcntl.F_SETSIG, 12)")
+        target.stop()
+        monkeypatch.setattr(fdcalls, "get_owner", lambda fd: asked.append(fd) or real(fd))
+        state = capture_files(target, draft=draft).state
+        target.go()
+        first, new = target.get("pipes[0][0], new")
+    owned = {one.description for one in state.descriptors if one.fd in (first, new)}
+    assert [index for index, one in enumerate(state.descriptions) if one.owner] == sorted(owned)
+    assert len(asked) == 3  # and the other end of the new pipe
