@@ -272,6 +272,8 @@ def _lock_and_own(remote: Remote, maker: Maker) -> None:
         if one.owner is not None:
             owner = one.owner
             number = maker.pid if owner.own_process else owner.id
+            if owner.type == state_of.F_OWNER_TID:
+                number = maker.ids.get(owner.id, owner.id)
             try:
                 fdcalls.set_owner(maker.local[index], owner.type, number, owner.signal)
             except OSError:

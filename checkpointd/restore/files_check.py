@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from checkpointd.errors import RestoreConflict
@@ -31,14 +32,21 @@ def check_files(
     pid: int | None = None,
     same_boot: bool = True,
     opener: Opener | None = None,
+    tids: Iterable[int] = (),
 ) -> list[str]:
     """Every conflict, one sentence each with what to do.
 
     Args:
         pid: of the process as it will be; the one of the dump if None.
         opener: opens paths for the process; by default as if it had our own rights.
+        tids: of its threads at the dump.
     """
-    context = FilesContext(options or FilesOptions(), same_boot=same_boot, opener=opener or Opener())
+    context = FilesContext(
+        options or FilesOptions(),
+        same_boot=same_boot,
+        opener=opener or Opener(),
+        tids={tid: tid for tid in tids},
+    )
     maker = Maker(state, context, state.pid if pid is None else pid)
     conflicts: list[str] = []
     for index, one in enumerate(state.descriptions):
@@ -54,7 +62,7 @@ def _check(maker: Maker, one: state_of.AnyDescription) -> list[str]:
     match one:
         case RegularFile() if not one.deleted:
             return _check_regular(maker, one)
-        case state_of.Directory() if f"{maker.path(one.path)}/".startswith(f"/proc/{maker.pid}/"):
+        case state_of.Directory() if maker.is_own(one.path):
             return []  # the process is not there yet
         case state_of.Directory():
             there = maker.opener.stat(maker.path(one.path))
@@ -84,7 +92,7 @@ def _check(maker: Maker, one: state_of.AnyDescription) -> list[str]:
 
 def _check_regular(maker: Maker, one: RegularFile) -> list[str]:
     path = maker.path(one.file.path)
-    if one.pseudo and path.startswith(f"/proc/{maker.pid}/"):
+    if one.pseudo and maker.is_own(one.file.path):
         return []  # the process is not there yet
     there = maker.opener.stat(path)
     verdict = judge(one, there, allow_changes=maker.options.changed == "allow")

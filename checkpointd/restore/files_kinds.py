@@ -68,7 +68,7 @@ def open_regular(maker: Maker, one: RegularFile, *, what: str) -> int:
     if one.pseudo:
         # their inodes are made as they are looked at; those of the process itself become its own with it
         recorded = replace(recorded, inode=-1)
-        if path.startswith(f"/proc/{maker.pid}/"):
+        if maker.is_own(one.file.path):
             opener = replace(opener, theirs=None)
     return opener.open(path, one.flags, kind=stat.S_IFREG, recorded=recorded, what=what)
 
@@ -145,7 +145,10 @@ def directory(maker: Maker, index: int, one: Directory) -> int:
 
 
 def open_directory(maker: Maker, one: Directory, *, what: str) -> int:
-    return maker.opener.open(maker.path(one.path), one.flags, kind=stat.S_IFDIR, recorded=one.file, what=what)
+    opener = maker.opener
+    if maker.is_own(one.path):
+        opener = replace(opener, theirs=None)
+    return opener.open(maker.path(one.path), one.flags, kind=stat.S_IFDIR, recorded=one.file, what=what)
 
 
 def same_terminal(maker_same_boot: bool, one: Device, there: os.stat_result | None) -> bool:

@@ -14,7 +14,15 @@ from dataclasses import dataclass, field, replace
 from checkpointd.restore.holders import Holder, find_holders
 from checkpointd.restore.reopen import Opener
 from checkpointd.state import files as state_of
-from checkpointd.state.files import ClosedSocket, FilesOptions, FilesState, PipeEnd
+from checkpointd.state.files import (
+    F_OWNER_TID,
+    ClosedSocket,
+    Directory,
+    FilesOptions,
+    FilesState,
+    PipeEnd,
+    RegularFile,
+)
 
 _TOLD_ONE_BY_ONE = 3
 
@@ -29,6 +37,7 @@ class FilesContext:
             it may go beyond the end of the file, and is to have zeros for holes.
         same_boot: inode numbers of pipes and sockets and the monotonic clock still mean what they meant.
         opener: opens paths for the process; its root is that of the options.
+        tids: old to new ids of its threads, where descriptors lead to them (`threads_led_to`).
     """
 
     options: FilesOptions = field(default_factory=FilesOptions)
@@ -36,6 +45,7 @@ class FilesContext:
     content: Callable[[int], Iterable[bytes]] = lambda index: ()
     same_boot: bool = True
     opener: Opener = field(default_factory=Opener)
+    tids: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,7 +94,16 @@ class Maker:
 
     def path(self, path: str) -> str:
         """A path of the image as we reach it."""
-        return rooted(self.options.root, own_proc_path(path, self.state.pid, self.pid))
+        return rooted(self.options.root, own_proc_path(path, self.ids))
+
+    def is_own(self, path: str) -> bool:
+        """Does a path of the image lead to the process itself in /proc?  It is not there before the restore."""
+        return leads_to_own(path, self.ids)
+
+    @property
+    def ids(self) -> Mapping[int, int]:
+        """Old to new, of the process and those of its threads that matter."""
+        return {**self.context.tids, self.state.pid: self.pid}
 
     @property
     def opener(self) -> Opener:
@@ -138,12 +157,40 @@ def rooted(root: str, path: str) -> str:
     return path if root == "/" else os.path.join(root, path.lstrip("/"))
 
 
-def own_proc_path(path: str, old_pid: int, new_pid: int) -> str:
-    """A path below the process's own directory in /proc follows the process."""
-    for old in (f"/proc/{old_pid}/", f"/proc/{old_pid}"):
-        if path == old or (old.endswith("/") and path.startswith(old)):
-            return f"/proc/{new_pid}" + path[len(f"/proc/{old_pid}") :]
-    return path
+def own_proc_path(path: str, ids: Mapping[int, int]) -> str:
+    """A path below the directories of the process and its threads in /proc follows them.
+
+    Args:
+        ids: old to new, of the process and its threads.
+    """
+    parts = path.split("/")
+    if not leads_to_own(path, ids):
+        return path
+    places = [2, 4] if parts[3:4] == ["task"] else [2]
+    for place in places:
+        if len(parts) > place and parts[place].isdecimal():
+            parts[place] = str(ids.get(int(parts[place]), parts[place]))
+    return "/".join(parts)
+
+
+def leads_to_own(path: str, ids: Iterable[int]) -> bool:
+    """Does a path of the image lead to the process's own part of /proc, or a thread's of its own?"""
+    parts = path.split("/")
+    return parts[:2] == ["", "proc"] and len(parts) > 2 and parts[2].isdecimal() and int(parts[2]) in set(ids)
+
+
+def threads_led_to(state: FilesState, tids: Iterable[int]) -> set[int]:
+    """Threads of its own (of `tids`) that descriptors lead to or signal: they must be there first."""
+    found = set()
+    for one in state.descriptions:
+        path = (
+            one.file.path if isinstance(one, RegularFile) else one.path if isinstance(one, Directory) else ""
+        )
+        if leads_to_own(path, tids):
+            found |= {int(part) for part in path.split("/")[2:5:2] if part.isdecimal()}
+        if one.owner is not None and one.owner.type == F_OWNER_TID:
+            found.add(one.owner.id)
+    return found & set(tids) - {state.pid}
 
 
 def write_all(fd: int, pieces: Iterable[bytes]) -> int:

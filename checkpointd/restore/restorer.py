@@ -8,7 +8,7 @@
     empty, map       all mappings; program parts, vdso
     fill             pages
     finish           protection, guards, locks; directory, umask, personality
-    files            all descriptors
+    files            all descriptors (where some lead to threads in /proc, these are born first)
     threads          born stopped; each told what is its own; who they are
     signals, timers  queued while everything is blocked
     before_release   the caller's hook: arm tracking
@@ -42,6 +42,7 @@ from checkpointd.restore import checks, plan, pools
 from checkpointd.restore import signals as signal_steps
 from checkpointd.restore import threads as thread_steps
 from checkpointd.restore.files import FilesContext, after_credentials, check_files, restore_files
+from checkpointd.restore.files_maker import threads_led_to
 from checkpointd.restore.fill import PageSource, fill
 from checkpointd.restore.objects import Objects, open_file
 from checkpointd.restore.plan import Step
@@ -239,6 +240,7 @@ class _Restorer:
                 pid=None if not self.new_pid else -1,
                 same_boot=self.boot_id == state.host.boot_id,
                 opener=self.opener,
+                tids=[thread.tid for thread in state.threads],
             )
         if conflicts:
             raise RestoreConflict(
@@ -338,6 +340,9 @@ class _Restorer:
         set_surroundings(stub, state)
         self._judge_directories(stub.pid)
         self._mark("finish")
+        tids: dict[int, int] = {}
+        if self.files is not None and threads_led_to(self.files, [thread.tid for thread in state.threads]):
+            tids = thread_steps.create_threads(stub, state, new_ids=self.new_pid)
         if self.files is not None:
             context = FilesContext(
                 options=self.options.files,
@@ -345,13 +350,14 @@ class _Restorer:
                 content=self.options.file_content,
                 same_boot=self.boot_id == state.host.boot_id,
                 opener=self.opener,
+                tids=tids,
             )
             self.warnings += restore_files(stub, self.files, context)
             stub.reset()
         self.objects.seal()
         self.warnings += self.objects.warnings
         self._mark("files")
-        tids = thread_steps.create_threads(stub, state, new_ids=self.new_pid)
+        tids = tids or thread_steps.create_threads(stub, state, new_ids=self.new_pid)
         if self.new_pid:
             self.warnings += thread_steps.renumber(stub, state, tids)
         for thread in state.threads:

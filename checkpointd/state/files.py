@@ -48,6 +48,9 @@ class FileLock:
     end: int
 
 
+F_OWNER_TID = 0
+
+
 @dataclass(frozen=True, slots=True)
 class SignalOwner:
     """Who gets the signal of O_ASYNC or of a socket's urgent data (F_SETOWN_EX, F_SETSIG).
@@ -55,7 +58,7 @@ class SignalOwner:
     `id` is 0 where only the signal was chosen so far.
     """
 
-    type: int  # F_OWNER_TID 0, F_OWNER_PID 1, F_OWNER_PGRP 2
+    type: int  # F_OWNER_TID, F_OWNER_PID 1, F_OWNER_PGRP 2
     id: int
     signal: int
     own_process: bool

@@ -91,9 +91,14 @@ def placed_path(session: Session, one: OpenFd, fs_type: str) -> tuple[str, bool]
     """The path that leads to the file, and whether the file has no name any more."""
     if not one.link.startswith("/"):
         raise CannotSaveError(f"fd {one.fd} is {one.link}, which cannot be saved; close it before the dump")
-    if fs_type in PSEUDO_FILE_SYSTEMS:
-        return one.link, False
     there = session.stat(one.link)
+    if fs_type in PSEUDO_FILE_SYSTEMS:
+        if there is None:
+            raise CannotSaveError(
+                f"fd {one.fd} is {one.link.removesuffix(_DELETED)}, which is gone (its process or thread has ended, or "
+                "its device or group was removed); close it before the dump"
+            )
+        return one.link, False
     if there and (there.st_dev, there.st_ino) == (one.stat.st_dev, one.stat.st_ino):
         return one.link, False
     if one.stat.st_nlink == 0:

@@ -38,6 +38,15 @@ AT_DUMP = [
         r"fd 5 \(epoll\) still watches what was fd 3",
     ),
     ("os.open('/proc/self/ns/net', 0)", "fd 3 .*net:.*cannot be saved"),
+    (
+        "import threading; t = threading.Thread(target=lambda: os.open('/proc/thread-self', 0)); t.start(); t.join(); "
+        "time.sleep(0.1)",
+        "fd 3 is /proc/[0-9]*/task/[0-9]*, which is gone .its process or thread has ended",
+    ),
+    (
+        "(p := os.fork()) or os._exit(0); a = os.open(f'/proc/{p}/stat', 0); os.waitpid(p, 0)",
+        "fd 3 is /proc/[0-9]*/stat, which is gone",
+    ),
     ("a = os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY)", "master of a pseudo-terminal"),
 ]  # fmt: skip
 

@@ -103,9 +103,17 @@ def test_lock_holders_are_found():
 def test_paths():
     assert rooted("/", "/a/b") == "/a/b"
     assert rooted("/mnt", "/a/b") == "/mnt/a/b"
-    assert own_proc_path("/proc/12/stat", 12, 99) == "/proc/99/stat"
-    assert own_proc_path("/proc/12", 12, 99) == "/proc/99"
-    assert own_proc_path("/proc/123/stat", 12, 99) == "/proc/123/stat"
+    ids = {12: 99, 13: 100}
+    assert own_proc_path("/proc/12/stat", ids) == "/proc/99/stat"
+    assert own_proc_path("/proc/12", ids) == "/proc/99"
+    assert own_proc_path("/proc/123/stat", ids) == "/proc/123/stat"
+    assert own_proc_path("/proc/12/task", ids) == "/proc/99/task"
+    assert own_proc_path("/proc/12/task/13/fd", ids) == "/proc/99/task/100/fd"
+    assert own_proc_path("/proc/13/task/12", ids) == "/proc/100/task/99"
+    assert own_proc_path("/proc/12/task/14", ids) == "/proc/99/task/14"
+    assert own_proc_path("/proc/14/task/12", ids) == "/proc/14/task/12"
+    assert own_proc_path("/proc/12/net/13", ids) == "/proc/99/net/13"
+    assert own_proc_path("/home/12/task/13", ids) == "/home/12/task/13"
 
 
 @given(some.lists(some.sampled_from([b"", bytes(64), b"x" * 7, bytes(3) + b"y"]), max_size=8))
