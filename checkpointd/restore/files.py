@@ -18,7 +18,6 @@ import errno
 import fcntl
 import os
 import resource
-import struct
 from collections.abc import Callable
 
 from checkpointd.errors import RestoreConflict
@@ -28,17 +27,15 @@ from checkpointd.linux.pidfd import NR_PIDFD_GETFD, NR_PIDFD_OPEN
 from checkpointd.restore import files_kinds as kinds
 from checkpointd.restore import pipes, sockets
 from checkpointd.restore.files_check import check_files
-from checkpointd.restore.files_maker import FilesContext, Maker
+from checkpointd.restore.files_maker import BATCH_CALLS, FilesContext, Maker, run_exactly
+from checkpointd.restore.watches import add_watches
 from checkpointd.state import files as state_of
 from checkpointd.state.files import Epoll, FileLock, FilesState, UnixSocket
 from checkpointd.target.remote import Call, Remote, Result
 
 __all__ = ["FilesContext", "after_credentials", "check_files", "restore_files"]
 
-_EPOLL_CTL_ADD = 1
-_EPOLL_EVENT = struct.Struct("=IQ")  # packed on x86-64
 _F_DUPFD_CLOEXEC = 1030
-_BATCH_CALLS = 200
 _NR_PRCTL, _PR_SET_PTRACER = 157, 0x59616D61
 _FLOCK = {False: fcntl.LOCK_SH, True: fcntl.LOCK_EX}
 
@@ -64,7 +61,9 @@ def restore_files(remote: Remote, state: FilesState, context: FilesContext) -> l
                 hint="The image is sound; see what the system lacks.",
             ) from error
         _install(remote, maker)
-        _watch(remote, maker)
+        add_watches(remote, maker)
+        for action in maker.after_watches:
+            action()
         _lock_and_own(remote, maker)
     finally:
         maker.close()
@@ -189,7 +188,7 @@ def _install(remote: Remote, maker: Maker) -> None:
     _room_for(remote.pid, temporary + 2)
     # where Yama restricts ptrace(2), the target may take descriptors from us only if we say so
     _suppress_oserror(lambda: syscall(_NR_PRCTL, _PR_SET_PTRACER, remote.pid, 0, 0, 0, name="prctl"))
-    _run(
+    run_exactly(
         remote,
         [
             (Call(NR_PIDFD_OPEN, (os.getpid(), 0)), None),
@@ -210,49 +209,11 @@ def _install(remote: Remote, maker: Maker) -> None:
             flags = os.O_CLOEXEC if one.cloexec else 0
             batch.append((Call(fdcalls.NR_DUP3, (temporary, one.fd, flags)), one.fd))
         batch.append((Call(fdcalls.NR_CLOSE, (temporary,)), 0))
-        if len(batch) >= _BATCH_CALLS:
-            _run(remote, batch, "the descriptors")
+        if len(batch) >= BATCH_CALLS:
+            run_exactly(remote, batch, "the descriptors")
             batch = []
     batch.append((Call(fdcalls.NR_CLOSE, (ours,)), 0))
-    _run(remote, batch, "the descriptors")
-
-
-def _run(remote: Remote, expected: list[tuple[Call, int | None]], what: str) -> None:
-    """Run calls that must give these results (None: anything but an error)."""
-    results = remote.batch([call for call, _ in expected])
-    for (call, wanted), got in zip(expected, results, strict=True):
-        if got < 0 or (wanted is not None and got != wanted):
-            text = os.strerror(-got) if got < 0 else f"gave {got}, not {wanted}"
-            raise RestoreConflict(
-                f"{what} cannot be restored in process {remote.pid}: system call {call.nr}: {text}"
-            )
-
-
-def _watch(remote: Remote, maker: Maker) -> None:
-    """epoll_ctl(2) for all watches: they remember the number by which the target added them."""
-    watches = [
-        (maker.descriptors(index)[0].fd, watch)
-        for index, one in enumerate(maker.state.descriptions)
-        if isinstance(one, Epoll)
-        for watch in one.watches
-    ]
-    for start in range(0, len(watches), _BATCH_CALLS):
-        some = watches[start : start + _BATCH_CALLS]
-        address = remote.put(b"".join(_EPOLL_EVENT.pack(watch.events, watch.data) for _, watch in some))
-        _run(
-            remote,
-            [
-                (
-                    Call(
-                        fdcalls.NR_EPOLL_CTL,
-                        (epoll_fd, _EPOLL_CTL_ADD, watch.fd, address + nth * _EPOLL_EVENT.size),
-                    ),
-                    0,
-                )
-                for nth, (epoll_fd, watch) in enumerate(some)
-            ],
-            "the epoll watches",
-        )
+    run_exactly(remote, batch, "the descriptors")
 
 
 def _lock_and_own(remote: Remote, maker: Maker) -> None:

@@ -214,6 +214,12 @@ def epoll(flags: int) -> int:
 def timerfd(maker: Maker, index: int, one: TimerFd) -> int:
     """A timer with the time left; an absolute one keeps its point in time where that still means the same."""
     fd = fdcalls.timerfd_create(one.clock, os.O_CLOEXEC)
+    set_time(maker, index, one, fd)
+    set_status(fd, one.flags)
+    return fd
+
+
+def set_time(maker: Maker, index: int, one: TimerFd, fd: int) -> None:
     absolute = one.settime_flags & fdcalls.TFD_TIMER_ABSTIME
     if one.value_ns and absolute and (maker.context.same_boot or one.clock in _REALTIME_CLOCKS):
         deadline = one.captured_ns + one.value_ns
@@ -229,8 +235,6 @@ def timerfd(maker: Maker, index: int, one: TimerFd) -> int:
             # without CONFIG_CHECKPOINT_RESTORE an expiry has to be made
             fdcalls.timerfd_settime(fd, 0, 1, one.interval_ns)
             maker.warnings.append(f"{maker.name(index)} (timerfd): {one.ticks} expirations count as one")
-    set_status(fd, one.flags)
-    return fd
 
 
 def signalfd(one: SignalFd) -> int:

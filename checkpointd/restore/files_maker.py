@@ -7,10 +7,12 @@ nothing.  Ours are closed at the end, whatever happens.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from checkpointd.errors import RestoreConflict
 from checkpointd.restore.holders import Holder, find_holders
 from checkpointd.restore.reopen import Opener
 from checkpointd.state import files as state_of
@@ -18,13 +20,16 @@ from checkpointd.state.files import (
     F_OWNER_TID,
     ClosedSocket,
     Directory,
+    Epoll,
     FilesOptions,
     FilesState,
     PipeEnd,
     RegularFile,
 )
+from checkpointd.target.remote import Call, Remote
 
 _TOLD_ONE_BY_ONE = 3
+BATCH_CALLS = 200
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Maker:
         closed: descriptions that came back as connections closed by their peer, and who that was.
         current: the description at work, for messages.
         deferred: what must wait until all is open (modes, owners, seals).
+        after_watches: what must wait until the target has its watches.
     """
 
     state: FilesState
@@ -69,6 +75,7 @@ class Maker:
     bases: list[int] = field(default_factory=list)
     content_base: dict[int, int] = field(default_factory=dict)
     deferred: list[Callable[[], None]] = field(default_factory=list)
+    after_watches: list[Callable[[], None]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     closed: list[tuple[int, str]] = field(default_factory=list)
     current: int = 0
@@ -119,6 +126,18 @@ class Maker:
         if len(some) < len(self.closed):
             told[0] += f", and so do {len(self.closed) - 1} more connections"
         return self.warnings + told
+
+    @functools.cached_property
+    def spent(self) -> frozenset[int]:
+        """Descriptions that a watch with EPOLLONESHOT has told of."""
+        numbers = {
+            watch.fd
+            for one in self.state.descriptions
+            if isinstance(one, Epoll)
+            for watch in one.watches
+            if watch.is_spent
+        }
+        return frozenset(one.description for one in self.state.descriptors if one.fd in numbers)
 
     def keep(self, fd: int) -> int:
         self.bases.append(fd)
@@ -191,6 +210,17 @@ def threads_led_to(state: FilesState, tids: Iterable[int]) -> set[int]:
         if one.owner is not None and one.owner.type == F_OWNER_TID:
             found.add(one.owner.id)
     return found & set(tids) - {state.pid}
+
+
+def run_exactly(remote: Remote, expected: list[tuple[Call, int | None]], what: str) -> None:
+    """Run calls that must give these results (None: anything but an error)."""
+    results = remote.batch([call for call, _ in expected])
+    for (call, wanted), got in zip(expected, results, strict=True):
+        if got < 0 or (wanted is not None and got != wanted):
+            text = os.strerror(-got) if got < 0 else f"gave {got}, not {wanted}"
+            raise RestoreConflict(
+                f"{what} cannot be restored in process {remote.pid}: system call {call.nr}: {text}"
+            )
 
 
 def write_all(fd: int, pieces: Iterable[bytes]) -> int:

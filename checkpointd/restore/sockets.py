@@ -104,10 +104,7 @@ def inet(maker: Maker, index: int, one: InetSocket) -> int:
         if one.local:
             bind_inet(maker.name(index), sock, one)
         if one.state == "listening":
-            try:
-                sock.listen(one.backlog)
-            except OSError as error:
-                raise _in_use(maker.name(index), one, error) from error
+            _listen(maker, index, one, sock)
         elif one.state == "connected" and one.peer:
             try:
                 sock.connect(sockaddr(one.family, one.peer))
@@ -121,6 +118,28 @@ def inet(maker: Maker, index: int, one: InetSocket) -> int:
                 f"{maker.name(index)}: {one.pending} connections waiting at the dump are lost"
             )
         return _finish(maker, sock, one)
+
+
+def _listen(maker: Maker, index: int, one: InetSocket | UnixSocket, sock: socket.socket) -> None:
+    if index in maker.spent:
+        # one that does not listen yet is ready (EPOLLHUP), which a watch that was spent needs
+        maker.after_watches.append(lambda: _listen_at_last(maker, index, one))
+    else:
+        _begin_to_listen(maker, index, one, sock)
+
+
+def _listen_at_last(maker: Maker, index: int, one: InetSocket | UnixSocket) -> None:
+    with _borrow(maker.local[index]) as sock:
+        _begin_to_listen(maker, index, one, sock)
+
+
+def _begin_to_listen(maker: Maker, index: int, one: InetSocket | UnixSocket, sock: socket.socket) -> None:
+    try:
+        sock.listen(one.backlog)
+    except OSError as error:
+        if isinstance(one, InetSocket):
+            raise _in_use(maker.name(index), one, error) from error
+        raise
 
 
 def bind_inet(name: str, sock: socket.socket, one: InetSocket) -> None:
@@ -248,7 +267,7 @@ def unix(maker: Maker, index: int, one: UnixSocket) -> None:
     with _new(maker, index, one) as sock:
         _bind_unix(maker, index, sock, one)
         if one.state == "listening":
-            sock.listen(one.backlog)
+            _listen(maker, index, one, sock)
             if one.pending:
                 maker.warnings.append(
                     f"{maker.name(index)}: {one.pending} connections waiting at the dump are lost"

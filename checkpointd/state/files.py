@@ -141,6 +141,10 @@ class EventFd(Description):
     semaphore: bool
 
 
+EPOLL_PRIVATE_BITS = 1 << 31 | 1 << 30 | 1 << 29 | 1 << 28
+"""EPOLLET, EPOLLONESHOT, EPOLLWAKEUP, EPOLLEXCLUSIVE: how to tell, not what."""
+
+
 @dataclass(frozen=True, slots=True)
 class EpollWatch:
     """One epoll_ctl(EPOLL_CTL_ADD): `fd` is the number it was added by."""
@@ -148,6 +152,14 @@ class EpollWatch:
     fd: int
     events: int
     data: int
+
+    @property
+    def is_spent(self) -> bool:
+        """Has it told what it was asked for (EPOLLONESHOT)?  It tells nothing more, not even errors.
+
+        Source: Linux fs/eventpoll.c (ep_send_events, EP_PRIVATE_BITS).
+        """
+        return not self.events & ~EPOLL_PRIVATE_BITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -458,3 +458,93 @@ def test_only_what_had_an_owner_or_is_new_is_asked_in_the_freeze(monkeypatch):
     owned = {one.description for one in state.descriptors if one.fd in (first, new)}
     assert [index for index, one in enumerate(state.descriptions) if one.owner] == sorted(owned)
     assert len(asked) == 3  # and the other end of the new pipe
+
+
+_SPENT = """
+ep = select.epoll(); os.dup2(ep.fileno(), 20)
+once = select.EPOLLIN | select.EPOLLONESHOT
+def spend(fd, events=once):
+    ep.register(fd, events)
+    assert [one for one, _ in ep.poll(0.5)] == [fd]
+"""
+_SPENT_KINDS = {
+    "a pipe with content": "r, w = os.pipe(); os.write(w, b'x'); spend(r)",
+    "an empty pipe": "r, w = os.pipe(); os.write(w, b'x'); spend(r); os.read(r, 1)",
+    "an empty pipe in packet mode": (
+        "r, w = os.pipe2(os.O_DIRECT | os.O_NONBLOCK); os.write(w, b'x'); spend(r); os.read(r, 1)"
+    ),
+    "a pipe to write to": "r, w = os.pipe(); spend(w, select.EPOLLOUT | select.EPOLLONESHOT)",
+    "an eventfd": "r = os.eventfd(1); spend(r, once | select.EPOLLET); os.eventfd_read(r)",
+    "a socket of a pair": (
+        "a, b = socket.socketpair(); r = a.detach(); w = b.detach(); os.write(w, b'x'); spend(r); os.read(r, 1)"
+    ),
+    "a TCP listener": (
+        "s = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(s.getsockname()); r = s.detach(); "
+        "spend(r); s = socket.socket(fileno=r); s.accept()[0].close(); c.close(); s.detach()"
+    ),
+    "a UNIX listener": (
+        "s = socket.socket(socket.AF_UNIX); s.bind(b'\\0spent-%d' % os.getpid()); s.listen(); c = socket.socket("
+        "socket.AF_UNIX); c.connect(s.getsockname()); r = s.detach(); spend(r); s = socket.socket(fileno=r); "
+        "s.accept()[0].close(); c.close(); s.detach()"
+    ),
+    "a timer": "r = time_fd(10**6, 10**15); spend(r); os.read(r, 8)",
+    "a disarmed timer": "r = time_fd(10**6, 0); spend(r); os.read(r, 8)",
+}  # fmt: skip
+_TIME_FD = """
+def time_fd(value, interval):
+    fd = libc.timerfd_create(1, 0)
+    spec = (ctypes.c_int64 * 4)(*divmod(interval, 10**9), *divmod(value, 10**9))
+    assert libc.timerfd_settime(fd, 0, spec, None) == 0
+    return fd
+"""
+_EVENTS = "[line.split()[3] for line in open('/proc/self/fdinfo/20') if line.startswith('tfd')]"
+
+
+@pytest.mark.parametrize("what", _SPENT_KINDS)
+def test_a_oneshot_watch_that_has_fired_says_nothing_more(what):
+    with driven(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as target:
+        target.do(f"{_TIME_FD}{_SPENT}r = w = -1\n{_SPENT_KINDS[what]}\nos.dup2(r, 21)")
+        (events,) = target.get(_EVENTS)
+        assert int(events, 16) & 0x0FFFFFFF == 0  # or the program has not made what this is about
+        (watched,) = target.get(
+            "[int(line.split()[1]) for line in open('/proc/self/fdinfo/20') if 'tfd' in line]"
+        )
+        (other,) = {*target.get("(r, w)")} - {watched}
+        before = target.get(f"select.select([{watched}], [], [], 0)[0]")
+        state, contents, _ = save(target)
+        target.kill()
+    with restored(state, contents) as (stub, warnings):
+        assert warnings == []
+        assert stub.get(_EVENTS) == [events]
+        assert stub.get(f"select.select([{watched}], [], [], 0)[0]") == before
+        stub.do("ep = select.epoll.fromfd(20)")
+        if "timer" in what:
+            left = stub.get("[line for line in open('/proc/self/fdinfo/21') if 'it_value' in line][0]")
+            assert ("(0, 0)" in left) is ("disarmed" in what)
+        if other >= 0:
+            stub.do(f"os.close({other}); os.close(21)")  # it hangs up, or its reader is gone
+        assert stub.get("ep.poll(0)") == []
+        if "listener" in what:
+            stub.do(f"""
+s = socket.socket(fileno={watched})
+c = socket.socket(s.family); c.connect(s.getsockname())
+""")
+            assert stub.get("ep.poll(0)") == []
+        stub.do(f"ep.modify({watched}, select.EPOLLIN | select.EPOLLOUT | select.EPOLLONESHOT)")
+        assert len(stub.get("ep.poll(0)")) == (0 if "timer" in what else 1)
+
+
+def test_a_oneshot_watch_of_what_cannot_fire_is_told():
+    setup = f"""{_SPENT}
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+mask = ctypes.c_uint64(1 << signal.SIGUSR1 - 1)
+r = libc.signalfd(-1, ctypes.byref(mask), 0)
+os.kill(os.getpid(), signal.SIGUSR1)
+spend(r)
+os.read(r, 128)
+a, b = os.pipe(); ep.register(a, select.EPOLLIN)
+"""
+    with moved(setup) as (stub, warnings):
+        assert [text for text in warnings if "EPOLLONESHOT" in text] == warnings
+        assert len(warnings) == 1
+        assert sorted(stub.get(_EVENTS)) == ["19", "40000018"]
