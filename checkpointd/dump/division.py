@@ -29,6 +29,7 @@ from checkpointd.memory import (
     subtract_runs,
 )
 from checkpointd.state.memory import AddressSpace
+from checkpointd.target.memory import SharedSource
 
 _LEAST_PAGES = 16_384  # 64 MiB: less is never worth a second process
 # What docs/performance.md ("What tracking costs") reckons with: 105 ms a GiB read from a stopped target by two threads;
@@ -77,6 +78,21 @@ def private_requests(pid: int, dirty: Runs, alone: Runs, vmas: Sequence[Vma]) ->
     if len(pool):
         found.append(CopyRequest(pid, PRIVATE_OBJECT, intersect_runs(dirty, pool)))
     return found
+
+
+def object_requests(pid: int, source: SharedSource, runs: Runs) -> list[CopyRequest]:
+    """How pages of a shared object are to be read: its last one, if it ends within that, where it is mapped."""
+    obj, behind = source.object.id, NO_RUNS
+    if source.last_page_at:
+        last = source.object.size_bytes // PAGE_SIZE
+        behind = intersect_runs(runs, np.array([[last, 1]], dtype=np.uint64))
+    if len(behind) == 0:
+        return [CopyRequest(pid, obj, runs, source=source.path)]
+    shift = source.last_page_at // PAGE_SIZE - last
+    return [
+        CopyRequest(pid, obj, subtract_runs(runs, behind), source=source.path),
+        CopyRequest(pid, obj, behind, source=f"/proc/{pid}/mem", shift=shift),
+    ]
 
 
 def split_by_code(

@@ -32,6 +32,7 @@ from checkpointd.dump.division import (
     check_complete,
     fork_pays,
     joined,
+    object_requests,
     runs_of_range,
     split_by_code,
     split_for_fork,
@@ -425,7 +426,7 @@ class Dumper:
         stats.pages_scanned = nr_pages_in(clean) + nr_pages_in(dirty)
         for source, runs in zip(captured.sources, held_by(self.pid, captured.sources, vmas), strict=True):
             stats.pages_scanned += nr_pages_in(runs)
-            work.copies.append(CopyRequest(self.pid, source.object.id, runs, source=source.path))
+            work.copies += object_requests(self.pid, source, runs)
         stats.pages_dirty = nr_pages_in(work.early) + sum(nr_pages_in(r.runs) for r in work.copies)
         stats.read_mode = "stopped"
 

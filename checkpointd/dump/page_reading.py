@@ -38,6 +38,7 @@ class CopyRequest:
             pages of forked relatives) and what process_vm_readv(2) cannot read (PROT_NONE).
         alone: known to be mapped by nobody else, so that nothing has to be looked at.
         source: file to read a shared object from; "" reads the address space.
+        shift: what to add to a page number to find the page in `source`, in pages.
     """
 
     pid: int
@@ -46,6 +47,7 @@ class CopyRequest:
     through_mem: bool = True
     alone: bool = False
     source: str = ""
+    shift: int = 0
 
 
 def cut(requests: list[CopyRequest], nr_pages: int) -> tuple[list[CopyRequest], list[CopyRequest]]:
@@ -95,7 +97,7 @@ def read(request: CopyRequest, runs: Runs, buffer: Bytes, offset: int) -> None:
     into = buffer[offset : offset + size]
     try:
         if request.source:
-            _read_file(request.source, runs, into)
+            _read_file(request.source, runs, into, request.shift)
         elif request.through_mem:
             _read_file(f"/proc/{request.pid}/mem", runs, into)
         elif not (request.alone and _read_quickly(request.pid, runs, into)):
@@ -127,7 +129,7 @@ def _read_quickly(pid: int, runs: Runs, into: Bytes) -> bool:
         raise
 
 
-def _read_file(path: str, runs: Runs, into: Bytes) -> None:
+def _read_file(path: str, runs: Runs, into: Bytes, shift: int = 0) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         view, at = memoryview(into.data), 0
@@ -136,7 +138,7 @@ def _read_file(path: str, runs: Runs, into: Bytes) -> None:
             size = nr * PAGE_SIZE
             done = 0
             while done < size:
-                where = (first << PAGE_SHIFT) + done
+                where = (first + shift << PAGE_SHIFT) + done
                 try:
                     got = os.preadv(fd, [view[at + done : at + size]], where)
                 except OSError as error:

@@ -324,10 +324,22 @@ class Objects:
 
     def _write_at(self, number: int, offset: int, part: memoryview) -> None:
         size = next(one.size_bytes for one in self.space.objects if one.id == number)
-        part = part[: max(0, size - offset)]  # the last page may reach beyond the end
+        within = max(0, size - offset)
+        part, beyond = part[:within], part[within:]  # the last page may reach beyond the end
         while part:
             done = os.pwrite(self.object_fds[number], part, offset)
             part, offset = part[done:], offset + done
+        if any(beyond):
+            self._write_behind(number, size, beyond)
+
+    def _write_behind(self, number: int, size: int, beyond: memoryview) -> None:
+        """What a mapping shows behind the end: only a mapping can write there."""
+        last = size // PAGE_SIZE * PAGE_SIZE
+        with (
+            mmap.mmap(self.object_fds[number], size - last, offset=last) as view,
+            MemFile(os.getpid(), writable=True) as mem,
+        ):
+            mem.write(address_of(view) + size - last, beyond)
 
     def empty(self, number: int) -> None:
         """Drop what an object that existed already holds; its pages come from the image."""
@@ -339,7 +351,9 @@ class Objects:
                 os.ftruncate(self.object_fds[number], size)
             # not by truncation: others who map it would get SIGBUS
             flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-            syscall(_NR_FALLOCATE, self.object_fds[number], flags, 0, size, name="fallocate")
+            # with what is behind its end
+            length = -(-size // PAGE_SIZE) * PAGE_SIZE
+            syscall(_NR_FALLOCATE, self.object_fds[number], flags, 0, length, name="fallocate")
             return
         if (page := next(one.pool_page_bytes for one in self.space.objects if one.id == number)) != 0:
             # its holes must not take pages
@@ -347,8 +361,9 @@ class Objects:
             syscall(Nr.MADVISE, self._segments[number], length, _MADV_REMOVE, name="madvise")
             return
         with MemFile(os.getpid(), writable=True) as mem:
-            for at in range(0, size, _ZEROS):
-                mem.write(self._segments[number] + at, bytes(min(_ZEROS, size - at)))
+            end = -(-size // PAGE_SIZE) * PAGE_SIZE
+            for at in range(0, end, _ZEROS):
+                mem.write(self._segments[number] + at, bytes(min(_ZEROS, end - at)))
 
     # ---- the end
 

@@ -15,14 +15,14 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.linux.statfs import pool_page_bytes
 from checkpointd.linux.sysv import Segment, segments
-from checkpointd.memory import NO_RUNS, PAGE_SHIFT, Runs, Vma, VmaKind, merge_runs
+from checkpointd.memory import NO_RUNS, PAGE_SHIFT, PAGE_SIZE, Runs, Vma, VmaKind, merge_runs
 from checkpointd.procfs import maps
 from checkpointd.state.memory import AddressSpace, FileIdentity, SharedObject, VmaState
 from checkpointd.target.extents import all_data_extents
@@ -42,6 +42,8 @@ class SharedSource:
 
     object: SharedObject
     path: str  # under /proc/PID: opens the object itself
+    last_page_at: int = 0
+    """Where the target maps its last page, if the object ends within that; its file cannot be read behind the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +131,20 @@ def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs, huge: Run
             )
         )
     objects.add_open_memfds()
-    space = AddressSpace(
-        tuple(states), tuple(files), tuple(source.object for source in objects.sources), own_vdso()
-    )
-    return CapturedSpace(space, tuple(objects.sources), objects.ids, tuple(whole))
+    sources = tuple(_with_last_page(source, states) for source in objects.sources)
+    space = AddressSpace(tuple(states), tuple(files), tuple(source.object for source in sources), own_vdso())
+    return CapturedSpace(space, sources, objects.ids, tuple(whole))
+
+
+def _with_last_page(source: SharedSource, vmas: Sequence[VmaState]) -> SharedSource:
+    one = source.object
+    if one.hugetlb or one.size_bytes % PAGE_SIZE == 0:
+        return source
+    last = one.size_bytes // PAGE_SIZE * PAGE_SIZE
+    for vma in vmas:
+        if vma.object == one.id and vma.shared and vma.offset <= last < vma.offset + vma.end - vma.start:
+            return replace(source, last_page_at=vma.start + last - vma.offset)
+    return source
 
 
 def _is_private_anonymous(vma: Vma) -> bool:
