@@ -57,13 +57,14 @@ def set_owner(shmid: int, uid: int, gid: int, mode: int) -> None:
 
 
 class Segment(NamedTuple):
-    """A line of /proc/sysvipc/shm; `mode` with SHM_DEST."""
+    """A line of /proc/sysvipc/shm; `mode` with SHM_DEST, `nr_attached` counts mappings of all processes."""
 
     key: int
     mode: int
     size_bytes: int
     uid: int
     gid: int
+    nr_attached: int = 0
 
 
 def segments() -> dict[int, Segment]:
@@ -72,6 +73,11 @@ def segments() -> dict[int, Segment]:
     for line in Path("/proc/sysvipc/shm").read_text(encoding="ascii").splitlines()[1:]:
         field = line.split()
         found[int(field[1])] = Segment(
-            int(field[0]), int(field[2], 8), int(field[3]), int(field[7]), int(field[8])
+            key=int(field[0]),
+            mode=int(field[2], 8),
+            size_bytes=int(field[3]),
+            uid=int(field[7]),
+            gid=int(field[8]),
+            nr_attached=int(field[6]),
         )
     return found

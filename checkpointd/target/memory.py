@@ -100,7 +100,7 @@ def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs, huge: Run
         kind, file, obj = vma.kind, None, None
         if kind is VmaKind.SHMEM or (kind is VmaKind.HUGETLB and not _is_private_anonymous(vma)):
             obj = objects.of_vma(vma)
-        elif kind is VmaKind.FILE_SHARED and _on_tmpfs(pid, vma):
+        elif kind is VmaKind.FILE_SHARED and on_tmpfs(pid, vma):
             kind, obj = VmaKind.SHMEM, objects.of_vma(vma)
         elif kind is VmaKind.FILE_PRIVATE and vma.path.startswith("/memfd:"):
             obj = objects.of_vma(vma)
@@ -171,7 +171,7 @@ def held_by(pid: int, sources: Sequence[SharedSource], vmas: Sequence[Vma]) -> l
 def _held_of_pool(pid: int, source: SharedSource, vmas: Sequence[Vma]) -> Runs:
     one = source.object
     key = ObjectKey(one.dev, one.inode, one.flavour == "sysv")
-    mapped = [vma for vma in vmas if vma.kind is VmaKind.HUGETLB and _key_of(vma) == key]
+    mapped = [vma for vma in vmas if vma.kind is VmaKind.HUGETLB and key_of(vma) == key]
     fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return held_pages(pid, fd, one.pool_page_bytes, mapped)
@@ -219,7 +219,8 @@ def _map_files(pid: int, vma: Vma) -> str:
     return f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
 
 
-def _on_tmpfs(pid: int, vma: Vma) -> bool:
+def on_tmpfs(pid: int, vma: Vma) -> bool:
+    """Is a file that is mapped on some tmpfs?"""
     if vma.dev[0] != 0:  # every tmpfs has an anonymous device, major 0
         return False
     fs_types = _tmpfs_devices(pid)
@@ -237,7 +238,8 @@ def _tmpfs_devices(pid: int) -> frozenset[tuple[int, int]]:
     return frozenset(found)
 
 
-def _key_of(vma: Vma) -> ObjectKey:
+def key_of(vma: Vma) -> ObjectKey:
+    """Which object of shared memory a mapping is of, if it is of one."""
     # a file of that name may lie in anybody's tmpfs; the segments are all on devices which nobody can mount
     is_sysv = _SYSV_PATH.match(vma.path) is not None and os.makedev(*vma.dev) == (
         pool_device(vma.pool_page_bytes) if vma.kind is VmaKind.HUGETLB else shared_memory_device()
@@ -255,7 +257,7 @@ class _Objects:
         self.sources: list[SharedSource] = []
 
     def of_vma(self, vma: Vma) -> int:
-        key = _key_of(vma)
+        key = key_of(vma)
         if key in self.ids:
             return self.ids[key]
         flavour, name = "tmpfs", vma.path

@@ -31,6 +31,7 @@ from checkpointd.target.attachable import check_attachable, gone
 from checkpointd.target.freeze import Frozen
 from checkpointd.target.remote import Call, Remote
 from checkpointd.target.shared_objects import pool_device
+from checkpointd.target.sharers import sharing_warnings
 from checkpointd.target.signals import capture_signals
 from checkpointd.target.threads import SleepMemory, capture_threads, prepare_sleeps
 
@@ -84,7 +85,9 @@ def prepare_process(pid: int, vmas: Sequence[Vma] | None = None) -> ProcessDraft
     check_attachable(pid)
     draft = ProcessDraft(pid)
     try:
-        _fill(draft, vmas or maps.read_smaps(pid))
+        vmas = vmas or maps.read_smaps(pid)
+        _fill(draft, vmas)
+        draft.warnings += sharing_warnings(pid, vmas)
     except OSError as error:
         raise _meaning(pid, error) from error
     return draft
