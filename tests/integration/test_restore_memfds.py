@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tests.programs.restore_harness import Captured, capture, kill_and_reap, res
 
 pytestmark = pytest.mark.needs("root", "ptrace", "set_tid")
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE, F_SEAL_FUTURE_WRITE, F_SEAL_EXEC = 1, 2, 4, 8, 16, 32
+MEMFDS = (*range(30, 37), 38)
 PROGRAM = """
 import ctypes, fcntl, mmap, os, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -59,6 +61,12 @@ os.dup2(shm, 37)
 os.unlink(sys.argv[1])
 unlinked = mmap.mmap(37, 4096)
 unlinked[:4] = b"deep"
+huge = libc.memfd_create(b"huge", ALLOW | HUGETLB)
+assert huge >= 0, ctypes.get_errno()
+os.dup2(huge, 38)
+os.fchmod(38, 0o600)
+os.fchown(38, 65534, 65533)
+seal(38, 2)
 print("ready", flush=True)
 time.sleep(1000)
 """
@@ -113,9 +121,9 @@ def _moved(child: subprocess.Popen[str]) -> tuple[Captured, int]:
 
 
 def test_every_memfd_is_what_it_was(child: subprocess.Popen[str]) -> None:
-    before = {fd: _look(child.pid, fd) for fd in range(30, 37)}
+    before = {fd: _look(child.pid, fd) for fd in MEMFDS}
     _, pid = _moved(child)
-    after = {fd: _look(pid, fd) for fd in range(30, 37)}
+    after = {fd: _look(pid, fd) for fd in MEMFDS}
     assert after == before
     # or the program has not made what this is about
     assert before[31]["mode"] == oct(0o102600)
@@ -124,12 +132,25 @@ def test_every_memfd_is_what_it_was(child: subprocess.Popen[str]) -> None:
 
 
 def test_again_from_what_was_restored(child: subprocess.Popen[str]) -> None:
-    before = {fd: _look(child.pid, fd) for fd in range(30, 37)}
+    before = {fd: _look(child.pid, fd) for fd in MEMFDS}
     _, pid = _moved(child)
     captured = capture(pid, kill=True)
     kill_and_reap(pid)
     pid = _restored(captured)
-    assert {fd: _look(pid, fd) for fd in range(30, 37)} == before
+    assert {fd: _look(pid, fd) for fd in MEMFDS} == before
+
+
+def test_an_image_of_before_their_owners_were_kept(child: subprocess.Popen[str]) -> None:
+    captured = capture(child.pid, kill=True)
+    child.wait()
+    space = captured.state.address_space
+    objects = tuple(replace(one, mode=0o600, uid=0, gid=0, mtime_ns=None) for one in space.objects)
+    old = replace(captured.state, address_space=replace(space, objects=objects))
+    pid = _restored(replace(captured, state=old))
+    after = {fd: _look(pid, fd) for fd in MEMFDS}
+    assert (after[30]["mode"], after[30]["uid"]) == (oct(0o100777), 0)
+    assert after[33]["seals"] == F_SEAL_SEAL | F_SEAL_EXEC
+    assert after[36]["link"] == "/memfd:/memfd:twice (deleted)"
 
 
 def test_an_unlinked_object_of_shared_memory(child: subprocess.Popen[str]) -> None:
