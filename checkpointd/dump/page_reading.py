@@ -142,6 +142,10 @@ def _read_file(path: str, runs: Runs, into: Bytes, shift: int = 0) -> None:
                 try:
                     got = os.preadv(fd, [view[at + done : at + size]], where)
                 except OSError as error:
+                    if shift and error.errno == errno.EIO:
+                        # a relative that runs has just cut the object that is mapped there
+                        into[at + done : at + size] = 0
+                        break
                     raise CheckpointError(
                         f"{path} cannot be read at {where:#x} ({error.strerror}); nothing was saved",
                         hint="the target runs on; `checkpoint check -p PID` may know why",

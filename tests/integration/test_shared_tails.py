@@ -11,14 +11,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from checkpointd.dump.division import object_requests
 from checkpointd.dump.dump import Dumper, DumpOptions
+from checkpointd.dump.page_reading import read
 from checkpointd.image.store import Store
+from checkpointd.memory import NO_RUNS, PAGE_SIZE
+from checkpointd.procfs import maps
 from checkpointd.restore.restorer import RestoreOptions, restore_process
 from checkpointd.state import codec
 from checkpointd.state.files import FilesOptions
 from checkpointd.state.process import ImageState
+from checkpointd.target.memory import capture_address_space
+from tests.files_lab import driven
 from tests.programs.restore_harness import kill_and_reap
 
 pytestmark = pytest.mark.needs("root", "ptrace", "pagemap_scan", "set_tid")
@@ -124,3 +131,22 @@ def test_bytes_behind_the_end_come_back(lab: Lab, is_there: bool, tmp_path: Path
         assert set(lab.wait()) == {"good"}
     finally:
         kill_and_reap(restored.pid)
+
+
+def test_an_object_that_a_relative_cuts_before_its_end_is_read() -> None:
+    with driven() as target:
+        target.do(
+            "import mmap; fd = os.memfd_create('cut'); os.ftruncate(fd, 5000); area = mmap.mmap(fd, 5000)"
+        )
+        target.do("area[:] = b'x' * 5000")
+        (vma,) = [one for one in maps.read_maps(target.pid) if one.path.startswith("/memfd:cut")]
+        (source,) = capture_address_space(target.pid, [vma], NO_RUNS).sources
+        assert source.last_page_at == vma.start + PAGE_SIZE
+        requests = object_requests(target.pid, source, np.array([[0, 2]], dtype=np.uint64))
+        assert [request.runs.tolist() for request in requests] == [[[0, 1]], [[1, 1]]]
+        found = np.full(PAGE_SIZE, 7, dtype=np.uint8)
+        read(requests[1], requests[1].runs, found, 0)
+        assert found.tobytes() == (b"x" * (5000 - PAGE_SIZE)).ljust(PAGE_SIZE, b"\0")
+        target.do("os.ftruncate(fd, 0)")
+        read(requests[1], requests[1].runs, found, 0)
+        assert not found.any()
