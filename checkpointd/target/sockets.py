@@ -22,7 +22,7 @@ from checkpointd.state.files import (
     UnixSocket,
 )
 from checkpointd.target.files_session import CannotSaveError, ConnectionOpenError, OpenFd, Session
-from checkpointd.target.socket_options import changed_options
+from checkpointd.target.socket_options import changed_options, why_unsettable
 
 _FAMILY_NAMES = {
     17: "packet", 29: "CAN", 30: "TIPC", 31: "Bluetooth", 38: "AF_ALG (kernel crypto)", 40: "vsock", 44: "XDP",
@@ -89,6 +89,14 @@ def _classify(
     )
 
 
+def _options(one: OpenFd, sock: socket.socket) -> tuple[SocketOption, ...]:
+    options = changed_options(sock)
+    for option in options:
+        if what := why_unsettable(option):
+            raise CannotSaveError(f"fd {one.fd} is a socket {what}, which cannot be saved; close it first")
+    return options
+
+
 def _tcp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket | ClosedSocket:
     info = sockets.tcp_info(sock)
     local = _address(sock.getsockname())
@@ -113,7 +121,7 @@ def _tcp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket | Clo
         family=int(sock.family),
         type=int(socket.SOCK_STREAM),
         protocol=int(socket.IPPROTO_TCP),
-        options=changed_options(sock),
+        options=_options(one, sock),
         uid=one.stat.st_uid,
         gid=one.stat.st_gid,
         state="listening" if listening else "idle",
@@ -158,7 +166,7 @@ def _udp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket:
         family=int(sock.family),
         type=int(socket.SOCK_DGRAM),
         protocol=int(socket.IPPROTO_UDP),
-        options=changed_options(sock) + _memberships(session, one, sock),
+        options=_options(one, sock) + _memberships(session, one, sock),
         uid=one.stat.st_uid,
         gid=one.stat.st_gid,
         state="connected" if peer else "idle",
@@ -221,7 +229,7 @@ def _unix(
         family=int(socket.AF_UNIX),
         type=int(sock.type),
         protocol=0,
-        options=changed_options(sock),
+        options=_options(one, sock),
         uid=one.stat.st_uid,
         gid=one.stat.st_gid,
         state="listening" if listening else "connected" if connected else "idle",
@@ -297,7 +305,7 @@ def _netlink(session: Session, one: OpenFd, sock: socket.socket) -> NetlinkSocke
         family=int(socket.AF_NETLINK),
         type=int(sock.type),
         protocol=sock.proto,
-        options=changed_options(sock),
+        options=_options(one, sock),
         port=port,
         groups=sockets.netlink_groups(sock),
     )
