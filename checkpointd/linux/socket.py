@@ -26,6 +26,7 @@ NETLINK_ADD_MEMBERSHIP = 1
 SO_ATTACH_FILTER = 26  # SO_GET_FILTER when read
 SO_RCVBUFFORCE, SO_SNDBUFFORCE = 33, 32
 SO_PROTOCOL, SO_DOMAIN = 38, 39
+SO_PEEK_OFF = 42
 SIOCUNIXFILE = 0x89E0  # a descriptor (O_PATH) of the file a socket is bound to; Linux 4.10, CAP_NET_ADMIN
 SO_BUF_LOCK = 72  # since Linux 5.15: which of SO_SNDBUF (1) and SO_RCVBUF (2) the program set
 

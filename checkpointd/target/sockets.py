@@ -284,6 +284,12 @@ def _queue(one: OpenFd, sock: socket.socket, info: sockets.UnixInfo) -> tuple[by
         raise CannotSaveError(
             f"fd {one.fd} is a datagram socket with unread messages, which cannot be saved; try again"
         )
+    if sock.getsockopt(socket.SOL_SOCKET, sockets.SO_PEEK_OFF) >= 0:
+        # peeking would move the offset, and the program peeks from there
+        raise CannotSaveError(
+            f"fd {one.fd} is a UNIX socket with unread messages and a peek offset (SO_PEEK_OFF), "
+            "which cannot be saved; try again"
+        )
     data, _, flags, _ = sock.recvmsg(waiting, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     if flags & socket.MSG_CTRUNC:
         raise CannotSaveError(

@@ -255,6 +255,19 @@ def test_saving_a_socketpair_consumes_nothing():
         assert target.get("b.recv(10)") == b"stay"
 
 
+def test_a_peek_offset_is_not_moved():
+    """Peeking moves it, as the program would see: nothing is peeked at then."""
+    with driven(**QUIET) as target:
+        target.do("a, b = socket.socketpair(); b.setsockopt(1, 42, 2); a.sendall(b'unread')")
+        with contextlib.suppress(Unsupported):
+            save(target)
+        target.go()
+        assert target.get("b.getsockopt(1, 42), b.recv(10, socket.MSG_PEEK | socket.MSG_DONTWAIT)") == (
+            2,
+            b"read",
+        )
+
+
 def test_datagram_socket_connected_to_a_name(tmp_path):
     path = str(tmp_path / "log")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as logger:
@@ -300,6 +313,7 @@ REFUSED = [
     ("s = socket.socket(17, 3)", "packet"),
     ("a, b = socket.socketpair(1, 2); a.send(b'1')", "datagram socket with unread messages"),
     ("a, b = socket.socketpair(); socket.send_fds(a, [b'x'], [0])", "descriptors or credentials under way"),
+    ("a, b = socket.socketpair(); b.setsockopt(1, 42, 0); a.send(b'unread')", "SO_PEEK_OFF"),
 ]
 
 
