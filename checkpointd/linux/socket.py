@@ -212,11 +212,15 @@ def group_request(family: int, interface: int, group: bytes) -> bytes:
     return _GROUP_REQ.pack(interface, struct.pack("=HH", family, 0) + hole + group)
 
 
-def is_plain_member(sock: socket.socket, interface: int, group: bytes) -> bool | None:
-    """Did the socket join the group?  None: it did, but only for some sources."""
-    request = group_request(sock.family, interface, group)
+def is_plain_member(sock: socket.socket, family: int, interface: int, group: bytes) -> bool | None:
+    """Did the socket join the group?  None: it did, but only for some sources.
+
+    Args:
+        family: of the group; a socket of AF_INET6 can be in groups of both.
+    """
+    request = group_request(family, interface, group)
     value = bytearray(_GROUP_FILTER.pack(*_GROUP_REQ.unpack(request), 0, 0))
-    level = socket.IPPROTO_IP if sock.family == socket.AF_INET else socket.IPPROTO_IPV6
+    level = socket.IPPROTO_IP if family == socket.AF_INET else socket.IPPROTO_IPV6
     size = bytearray(struct.pack("=I", len(value)))
     try:
         syscall(_NR_GETSOCKOPT, sock.fileno(), level, _MCAST_MSFILTER, value, size, name="getsockopt")

@@ -141,19 +141,22 @@ _EVERYBODY = {
 def _memberships(session: Session, one: OpenFd, sock: socket.socket) -> tuple[SocketOption, ...]:
     """Multicast groups the socket joined; a socket is asked about each group known on the machine."""
     found = []
-    level = socket.IPPROTO_IP if sock.family == socket.AF_INET else socket.IPPROTO_IPV6
-    for interface, group in session.multicast_groups(sock.family):
-        if group in _EVERYBODY:
-            continue
-        joined = sockets.is_plain_member(sock, interface, group)
-        if joined is None:
-            address = socket.inet_ntop(sock.family, group)
-            raise CannotSaveError(
-                f"fd {one.fd} is in the multicast group {address} for some sources only, which cannot be saved"
-            )
-        if joined:
-            value = sockets.group_request(sock.family, interface, group)
-            found.append(SocketOption(int(level), sockets.MCAST_JOIN_GROUP, value))
+    levels = {socket.AF_INET: socket.IPPROTO_IP}
+    if sock.family == socket.AF_INET6:
+        levels[socket.AF_INET6] = socket.IPPROTO_IPV6  # it may receive for both
+    for family, level in levels.items():
+        for interface, group in session.multicast_groups(family):
+            if group in _EVERYBODY:
+                continue
+            joined = sockets.is_plain_member(sock, family, interface, group)
+            if joined is None:
+                address = socket.inet_ntop(family, group)
+                raise CannotSaveError(
+                    f"fd {one.fd} is in the multicast group {address} for some sources only, which cannot be saved"
+                )
+            if joined:
+                value = sockets.group_request(family, interface, group)
+                found.append(SocketOption(int(level), sockets.MCAST_JOIN_GROUP, value))
     return tuple(found)
 
 

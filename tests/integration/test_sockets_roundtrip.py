@@ -172,6 +172,12 @@ def count(s):
     [
         (socket.AF_INET, 0, "239.1.2.3", "struct.pack('=4s4si', socket.inet_aton('239.1.2.3'), bytes(4), 1)"),
         (socket.AF_INET6, 41, "ff02::4:5", "struct.pack('=16si', socket.inet_pton(10, 'ff02::4:5'), 1)"),
+        (
+            socket.AF_INET6,
+            0,
+            "239.1.2.4",
+            "struct.pack('=4s4si', socket.inet_aton('239.1.2.4'), bytes(4), 1)",
+        ),
     ],
 )
 def test_multicast_membership(family, level, group, request_):
@@ -184,6 +190,15 @@ s = socket.socket({int(family)}, 2); s.setsockopt({level}, {option}, {request_})
         # joining again says it is joined already
         with pytest.raises(AssertionError, match="Address already in use"):
             stub.do(f"socket.socket(fileno=os.dup(20)).setsockopt({level}, {option}, {request_})")
+
+
+def test_membership_for_some_sources_is_refused_on_sockets_of_both_families():
+    request = "struct.pack('=4s4s4s', *map(socket.inet_aton, ('239.1.2.5', '127.0.0.1', '127.0.0.2')))"
+    for family in (2, 10):
+        with driven(**QUIET) as target:
+            target.do(f"s = socket.socket({family}, 2); s.setsockopt(0, 39, {request})")
+            (blocker,) = file_blockers(target.pid)
+            assert "239.1.2.5 for some sources only" in blocker
 
 
 def test_unix_listener_takes_its_path_back(tmp_path):
