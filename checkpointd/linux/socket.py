@@ -10,6 +10,7 @@ Source: tcp(7), unix(7), sock_diag(7), include/uapi/linux/{tcp,unix_diag,netlink
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import struct
@@ -68,6 +69,43 @@ def parse_tcp_info(raw: bytes) -> TcpInfo:
 
 def tcp_info(sock: socket.socket) -> TcpInfo:
     return parse_tcp_info(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
+
+
+_TCP_AO_GET_KEYS = 41
+# struct tcp_ao_getsockopt (in v6.7): address, algorithm, key, nkeys, (bits: current, rnext, get_all), 6 bytes,
+# ifindex, good and bad packets
+_AO_KEYS = struct.Struct("=128x64x80xIH6xi2Q")
+_AO_GET_ALL = 4
+
+
+def has_tcp_ao_keys(sock: socket.socket) -> bool:
+    """Has the socket, closed or listening, keys of the TCP authentication option?"""
+    return _knows_tcp_ao() and _tcp_ao_error(sock) == 0
+
+
+@functools.cache
+def _knows_tcp_ao() -> bool:
+    with socket.socket() as fresh:
+        return _tcp_ao_error(fresh) == errno.ENOENT
+
+
+def _tcp_ao_error(sock: socket.socket) -> int:
+    """errno of asking how many keys there are: ENOENT for none, ENOPROTOOPT without CONFIG_TCP_AO."""
+    value = bytearray(_AO_KEYS.pack(0, _AO_GET_ALL, 0, 0, 0))
+    size = bytearray(struct.pack("=I", len(value)))
+    try:
+        syscall(
+            _NR_GETSOCKOPT,
+            sock.fileno(),
+            socket.IPPROTO_TCP,
+            _TCP_AO_GET_KEYS,
+            value,
+            size,
+            name="getsockopt",
+        )
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpointd.linux.inet_diag import ListenerDiag, Md5Key
 from checkpointd.linux.kcmp import compare_files
 from checkpointd.linux.pidfd import pidfd_getfd, pidfd_open
 from checkpointd.procfs import fdinfo
@@ -115,6 +116,7 @@ class Session:
     ownerless: set[FdKey] = field(default_factory=set)
     _pidfd: int = -1
     _foreign_network: bool | None = None
+    _listeners: ListenerDiag | None = None
     _multicast: dict[int, list[tuple[int, bytes]]] = field(default_factory=dict)
 
     def __enter__(self) -> Session:
@@ -124,6 +126,9 @@ class Session:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+        if self._listeners is not None:
+            self._listeners.close()
+            self._listeners = None
 
     def all_problems(self) -> list[str]:
         """Every reason, with many connections told as one."""
@@ -176,6 +181,15 @@ class Session:
             theirs, ours = (os.stat(f"/proc/{who}/ns/net").st_ino for who in (self.pid, "self"))
             self._foreign_network = theirs != ours
         return self._foreign_network
+
+    def md5_keys(self, family: int, host: str, port: int, inode: int) -> tuple[Md5Key, ...]:
+        """TCP MD5 keys of a listener, as far as we may see them."""
+        if self._listeners is None:
+            self._listeners = ListenerDiag()
+        try:
+            return self._listeners.md5_keys(family, host, port, inode)
+        except FileNotFoundError:  # a kernel without inet_diag
+            return ()
 
     def multicast_groups(self, family: int) -> list[tuple[int, bytes]]:
         """(interface, group) of everything joined by anybody in the target's network namespace."""

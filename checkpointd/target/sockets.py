@@ -11,6 +11,7 @@ import stat
 import struct
 from collections.abc import Mapping
 
+from checkpointd.linux import inet_diag
 from checkpointd.linux import socket as sockets
 from checkpointd.state.files import (
     ClosedSocket,
@@ -111,7 +112,19 @@ def _tcp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket | Clo
                 "allow it to come back closed with --tcp close"
             )
         return _closed(session, one, sock, show(peer) if peer else "")
+    if sockets.has_tcp_ao_keys(sock):
+        raise CannotSaveError(
+            f"fd {one.fd} is a TCP socket with keys of the authentication option (TCP-AO), which cannot be saved; "
+            "close it first"
+        )
     listening = info.state == sockets.TCP_LISTEN
+    options = _options(one, sock)
+    if listening:
+        keys = session.md5_keys(sock.family, local.host, local.port, one.stat.st_ino)
+        options += tuple(
+            SocketOption(int(socket.IPPROTO_TCP), inet_diag.TCP_MD5SIG_EXT, key.option(sock.family))
+            for key in keys
+        )
     if listening and info.pending and session.final:
         session.warnings.append(
             f"fd {one.fd}: {info.pending} connections waiting to be accepted at {show(local)} are not in the image"
@@ -121,7 +134,7 @@ def _tcp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket | Clo
         family=int(sock.family),
         type=int(socket.SOCK_STREAM),
         protocol=int(socket.IPPROTO_TCP),
-        options=_options(one, sock),
+        options=options,
         uid=one.stat.st_uid,
         gid=one.stat.st_gid,
         state="listening" if listening else "idle",

@@ -7,6 +7,8 @@ import struct
 import pytest
 
 from checkpointd.errors import Unsupported
+from checkpointd.linux.inet_diag import TCP_MD5SIG_EXT, ListenerDiag, Md5Key
+from checkpointd.linux.socket import has_tcp_ao_keys
 from checkpointd.state.files import SocketOption
 from checkpointd.target.files import file_blockers
 from checkpointd.target.socket_options import why_unsettable
@@ -207,3 +209,77 @@ def test_a_socket_in_repair_mode_is_refused():
 def test_what_no_new_socket_can_be_made_to_be_is_told(option, words):
     assert words in why_unsettable(option)
     assert bool(words) == bool(why_unsettable(option))
+
+
+MD5_KEYS = {
+    socket.AF_INET: (
+        Md5Key(socket.AF_INET, socket.inet_aton("127.0.0.1"), 32, b"of one peer"),
+        Md5Key(socket.AF_INET, socket.inet_aton("10.0.0.0"), 8, b"of a network"),
+    ),
+    socket.AF_INET6: (
+        Md5Key(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, "fd00::"), 8, b"of a network"),
+        Md5Key(socket.AF_INET, socket.inet_aton("127.0.0.1"), 32, b"of one peer"),
+    ),
+}
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_listener_keeps_its_md5_keys(family):
+    """Each of two listeners that share a port keeps its own, and a peer of the key gets through."""
+    values = [key.option(family) for key in MD5_KEYS[family]]
+    with socket.socket() as probe:
+        try:
+            probe.setsockopt(6, TCP_MD5SIG_EXT, MD5_KEYS[socket.AF_INET][0].option(socket.AF_INET))
+        except OSError:
+            pytest.skip("a kernel without TCP MD5 signatures")
+    setup = f"""
+host, port = {"127.0.0.1" if family == socket.AF_INET else "::"!r}, 0
+for fd in (20, 21):
+    s = socket.socket({int(family)}); s.setsockopt(1, 15, 1); s.bind((host, port)); s.listen(); os.dup2(s.fileno(), fd)
+    port = s.getsockname()[1]; s.close()
+s = socket.socket(fileno=20)
+for value in {values}: s.setsockopt(6, {TCP_MD5SIG_EXT}, value)
+"""
+    with moved(setup) as (stub, warnings):
+        assert warnings == []
+        stub.do("s = socket.socket(fileno=20)")
+        address = stub.get("s.getsockname()[:2]")
+        diag = ListenerDiag()
+        inodes = stub.get("[os.fstat(fd).st_ino for fd in (20, 21)]")
+        assert set(diag.md5_keys(family, *address, inodes[0])) == set(MD5_KEYS[family])
+        assert diag.md5_keys(family, *address, inodes[1]) == ()
+        diag.close()
+        stub.do("os.close(21)")
+        with socket.socket() as client:
+            client.settimeout(5)
+            key = Md5Key(socket.AF_INET, socket.inet_aton("127.0.0.1"), 32, b"of one peer")
+            client.setsockopt(6, TCP_MD5SIG_EXT, key.option(socket.AF_INET))
+            client.connect(("127.0.0.1", address[1]))
+
+
+def test_keys_of_the_tcp_authentication_option_are_refused(monkeypatch):
+    # struct tcp_ao_add: address, algorithm, interface, (bits), reserved, prefix, ids, MAC length, flags, key
+    address = struct.pack("=HH4s", socket.AF_INET, 0, socket.inet_aton("127.0.0.1")).ljust(128, b"\0")
+    ids = bytes([32, 100, 100, 12, 0, 3])
+    key = (
+        address
+        + b"hmac(sha1)".ljust(64, b"\0")
+        + struct.pack("=iIH", 0, 0, 0)
+        + ids
+        + b"key".ljust(80, b"\0")
+    )
+    with driven() as target:
+        target.do("s = socket.socket()")
+        try:
+            target.do(f"s.setsockopt(6, 38, {key})")
+        except AssertionError:  # a kernel without CONFIG_TCP_AO: as if it had told of keys
+            monkeypatch.setattr("checkpointd.linux.socket.has_tcp_ao_keys", lambda sock: True)
+        (blocker,) = file_blockers(target.pid)
+        assert "TCP-AO" in blocker
+
+
+def test_a_socket_without_keys_of_the_tcp_authentication_option():
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as idle:
+        assert not has_tcp_ao_keys(listener)
+        assert not has_tcp_ao_keys(idle)

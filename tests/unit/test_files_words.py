@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from checkpointd.linux import fcntl as fdcalls
+from checkpointd.linux import inet_diag
 from checkpointd.linux import socket as sockets
 from checkpointd.restore import holders
 from checkpointd.restore.files_changes import judge
@@ -205,3 +206,31 @@ def test_state_survives_its_encoding():
         pid=3,
     )
     assert decode(state_of.FilesState, encode(state)) == state
+
+
+def test_inet_diag_message_with_keys():
+    # struct inet_diag_msg up to its inode, then INET_DIAG_SHUTDOWN and INET_DIAG_MD5SIG with two keys
+    head = bytes(68) + struct.pack("=I", 4711) + struct.pack("=HHB3x", 5, 8, 3)
+    of_four = struct.pack("=BBH16s80s", socket.AF_INET, 8, 3, bytes([10]), b"one")
+    of_six = struct.pack("=BBH16s80s", socket.AF_INET6, 16, 3, bytes([0xFD]), b"two")
+    message = head + struct.pack("=HH", 204, 18) + of_four + of_six
+    info = inet_diag.parse_inet_diag(message)
+    assert info.inode == 4711
+    four, six = info.md5_keys
+    assert four == inet_diag.Md5Key(socket.AF_INET, bytes([10, 0, 0, 0]), 8, b"one")
+    assert six == inet_diag.Md5Key(socket.AF_INET6, bytes([0xFD]) + bytes(15), 16, b"two")
+    # struct tcp_md5sig: address 0, flags 128, prefix length 129, key length 130, interface 132, key 136
+    option = four.option(socket.AF_INET6)
+    assert len(option) == 216
+    assert struct.unpack_from("=BBHi3s", option, 128) == (1, 8, 3, 0, b"one")
+    assert option[8:24] == bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 0])
+    with pytest.raises(ValueError, match="cut short"):
+        inet_diag.parse_inet_diag(message[:-1])
+
+
+@given(some.binary(max_size=240))
+def test_inet_diag_noise(noise):
+    try:
+        inet_diag.parse_inet_diag(noise)
+    except ValueError:
+        pass
