@@ -28,6 +28,7 @@ from checkpointd.restore import files_kinds as kinds
 from checkpointd.restore import pipes, sockets
 from checkpointd.restore.files_check import check_files
 from checkpointd.restore.files_maker import BATCH_CALLS, FilesContext, Maker, run_exactly
+from checkpointd.restore.own_sockets import OwnSockets
 from checkpointd.restore.watches import add_watches
 from checkpointd.state import files as state_of
 from checkpointd.state.files import Epoll, FileLock, FilesState, UnixSocket
@@ -50,7 +51,7 @@ def restore_files(remote: Remote, state: FilesState, context: FilesContext) -> l
         RestoreConflict: a file is gone, an address in use, ...
         TargetGone: the process is no more.
     """
-    maker = Maker(state, context, remote.pid)
+    maker = Maker(state, context, remote.pid, own_sockets=OwnSockets(remote))
     _room_for(os.getpid(), len(state.descriptions) + len(state.pipes) * 2 + 64)
     try:
         try:
@@ -106,6 +107,7 @@ def _make_all(maker: Maker) -> None:
         if isinstance(one, state_of.PipeEnd) and one.pipe not in sources:
             maker.current = index
             sources[one.pipe] = pipes.prepare(maker, index, state.pipes[one.pipe])
+    sockets.connections(maker)
     for index, one in enumerate(state.descriptions):
         maker.current = index
         if isinstance(one, UnixSocket):

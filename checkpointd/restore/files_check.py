@@ -18,7 +18,7 @@ from checkpointd.restore.files_changes import judge
 from checkpointd.restore.files_kinds import open_directory, open_regular, same_terminal, stat_or_none
 from checkpointd.restore.files_maker import FilesContext, Maker
 from checkpointd.restore.reopen import Opener
-from checkpointd.restore.sockets import bind_inet, set_options, socket_path_conflict
+from checkpointd.restore.sockets import accepted_end, bind_inet, set_options, socket_path_conflict
 from checkpointd.state import files as state_of
 from checkpointd.state.files import FilesOptions, FilesState, RegularFile
 
@@ -51,14 +51,14 @@ def check_files(
     conflicts: list[str] = []
     for index, one in enumerate(state.descriptions):
         try:
-            found = _check(maker, one)
+            found = _check(maker, index, one)
         except RestoreConflict as conflict:
             found = [conflict.message + (f"; {conflict.hint}" if conflict.hint else "")]
         conflicts += [f"{maker.name(index)}: {problem}" for problem in found]
     return conflicts
 
 
-def _check(maker: Maker, one: state_of.AnyDescription) -> list[str]:
+def _check(maker: Maker, index: int, one: state_of.AnyDescription) -> list[str]:
     match one:
         case RegularFile() if not one.deleted:
             return _check_regular(maker, one)
@@ -85,7 +85,7 @@ def _check(maker: Maker, one: state_of.AnyDescription) -> list[str]:
         case state_of.ClosedSocket() if one.family == socket.AF_UNIX:
             return _check_closed(maker, one)
         case state_of.UnixSocket():
-            return _check_unix(maker, one)
+            return _check_unix(maker, index, one)
         case _:
             return []
 
@@ -166,11 +166,13 @@ def _check_inet(one: state_of.InetSocket) -> list[str]:
     return []
 
 
-def _check_unix(maker: Maker, one: state_of.UnixSocket) -> list[str]:
-    if one.abstract is not None and one.state != "connected":
+def _check_unix(maker: Maker, index: int, one: state_of.UnixSocket) -> list[str]:
+    if one.hung_up or accepted_end(maker, index, one) == index:
+        return []  # its name is not its own
+    if one.abstract is not None:
         if who := holders.unix_name_holder(b"\0" + one.abstract):
             return [f"the UNIX name @{os.fsdecode(one.abstract)} is in use by {who}; stop it first"]
-    elif one.file is not None and not one.file.deleted and one.state != "connected":
+    elif one.file is not None and not one.file.deleted:
         problem = socket_path_conflict(maker, one.file)
         return [problem] if problem else []
     return []

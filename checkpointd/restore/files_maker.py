@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from checkpointd.errors import RestoreConflict
 from checkpointd.restore.holders import Holder, find_holders
+from checkpointd.restore.own_sockets import OwnSockets
 from checkpointd.restore.reopen import Opener
 from checkpointd.state import files as state_of
 from checkpointd.state.files import (
@@ -25,6 +26,7 @@ from checkpointd.state.files import (
     FilesState,
     PipeEnd,
     RegularFile,
+    UnixSocket,
 )
 from checkpointd.target.remote import Call, Remote
 
@@ -66,6 +68,8 @@ class Maker:
         current: the description at work, for messages.
         deferred: what must wait until all is open (modes, owners, seals).
         after_watches: what must wait until the target has its watches.
+        own_sockets: has the process make its pairs; None while only looking.
+        told_credentials: it was told that those of a socket's peer are others now.
     """
 
     state: FilesState
@@ -79,8 +83,11 @@ class Maker:
     warnings: list[str] = field(default_factory=list)
     closed: list[tuple[int, str]] = field(default_factory=list)
     current: int = 0
+    own_sockets: OwnSockets | None = None
+    told_credentials: bool = False
     _holders: dict[str, Holder] | None = None
     _numbers: dict[int, list[state_of.Descriptor]] | None = None
+    _listeners: dict[tuple[int, bytes], UnixSocket] | None = None
 
     @property
     def options(self) -> FilesOptions:
@@ -98,6 +105,16 @@ class Maker:
             for one in sorted(self.state.descriptors, key=lambda one: one.fd):
                 self._numbers.setdefault(one.description, []).append(one)
         return self._numbers.get(index, [])
+
+    def listener(self, kind: int, name: bytes) -> UnixSocket | None:
+        """The UNIX socket of the process that listens under this name."""
+        if self._listeners is None:
+            self._listeners = {
+                (one.type, one.name): one
+                for one in self.state.descriptions
+                if isinstance(one, UnixSocket) and one.state == "listening"
+            }
+        return self._listeners.get((kind, name))
 
     def path(self, path: str) -> str:
         """A path of the image as we reach it."""

@@ -84,16 +84,23 @@ def port_holder(kind: int, port: int) -> str:
     return describe_socket(inodes)
 
 
+_DATAGRAM = b"0002"  # as /proc/net/unix has it
+
+
 def unix_name_inode(table: bytes, name: bytes) -> int:
     """The socket bound to a name (abstract ones begin with a zero byte), 0 if none is.
 
-    Connections accepted from a listener carry its name too and do not count.  Source: unix(7), proc_net(5).
+    Connections accepted from a listener carry its name too and do not count; connected datagram sockets do.
+    Source: unix(7), proc_net(5).
     """
     shown = name.replace(b"\0", b"@") if name.startswith(b"\0") else name
     for line in table.splitlines()[1:]:
         words = line.split(None, 7)
         # Num RefCount Protocol Flags Type St Inode Path; state 03 is connected, flag 0x10000 listening
-        if len(words) == 8 and words[7] == shown and (words[5] != b"03" or int(words[3], 16) & 0x10000):
+        if len(words) < 8 or words[7] != shown:
+            continue
+        is_accepted = words[5] == b"03" and not int(words[3], 16) & 0x10000 and words[4] != _DATAGRAM
+        if not is_accepted:
             return int(words[6])
     return 0
 
@@ -110,9 +117,9 @@ def unix_file_holder(there: os.stat_result) -> str | None:
         bound = [
             one.inode
             for one in diag.dump()
-            # connections accepted from a listener carry its file too
+            # connections accepted from a listener carry its file too, even when their peer is gone
             if one.file == (kernel_device(there.st_dev), there.st_ino)
-            and not (one.state == TCP_ESTABLISHED and one.peer)
+            and not (one.state == TCP_ESTABLISHED and one.type != socket.SOCK_DGRAM)
         ]
     return describe_socket(bound) if bound else None
 

@@ -10,18 +10,21 @@ import os
 import socket
 import stat
 import struct
+from dataclasses import replace
 
 from checkpointd.errors import RestoreConflict
 from checkpointd.linux import socket as sockets
 from checkpointd.linux.pidfd import pidfd_getfd
 from checkpointd.restore import holders
 from checkpointd.restore.files_maker import Maker
+from checkpointd.restore.own_sockets import OwnSockets
 from checkpointd.restore.reopen import open_own, own_path, set_status
 from checkpointd.state.files import (
     ClosedSocket,
     InetAddress,
     InetSocket,
     NetlinkSocket,
+    PeerCredentials,
     Socket,
     SocketFile,
     SocketOption,
@@ -257,11 +260,14 @@ def unix(maker: Maker, index: int, one: UnixSocket) -> None:
             _pair(maker, index, one, one.peer, other)
             return
     if one.hung_up:
-        ours, peer = socket.socketpair(socket.AF_UNIX, one.type)
+        # a name is that of the listener, nearly always
+        found = _connection(maker, one, index, one) if one.name else None
+        peer, ours = found or _own(maker).pair(one.type, one.credentials)
         with ours, peer:
             _tell(maker, index, set_options(ours, one.options))
             _send_queue(peer, one.queue)
             peer.close()
+            _judge_credentials(maker, index, ours, one)
             maker.local[index] = _finish(maker, ours, one)
         return
     with _new(maker, index, one) as sock:
@@ -273,6 +279,17 @@ def unix(maker: Maker, index: int, one: UnixSocket) -> None:
                     f"{maker.name(index)}: {one.pending} connections waiting at the dump are lost"
                 )
         maker.local[index] = _finish(maker, sock, one)
+
+
+def connections(maker: Maker) -> None:
+    """Everything connected that has a name: a connection borrows that of its listener, before that takes it."""
+    try:
+        for index, one in enumerate(maker.state.descriptions):
+            if isinstance(one, UnixSocket) and one.name and (one.peer is not None or one.hung_up):
+                maker.current = index
+                unix(maker, index, one)
+    finally:
+        _own(maker).close_listeners()
 
 
 def connect_unix(maker: Maker, index: int, one: UnixSocket) -> None:
@@ -313,8 +330,24 @@ def _borrow(fd: int):  # type: ignore[no-untyped-def]
         sock.detach()
 
 
+def accepted_end(maker: Maker, index: int, one: UnixSocket) -> int | None:
+    """Which end of a connection comes from accept(2): it shows the name of its listener without holding it.
+
+    Where the listener is gone we cannot tell it from an end that was bound itself, which few programs do.
+    """
+    if one.peer is None or one.type == socket.SOCK_DGRAM:
+        return None
+    ends = {end: maker.state.descriptions[end] for end in sorted((index, one.peer))}
+    named = [end for end, state in ends.items() if isinstance(state, UnixSocket) and state.name]
+    for end in named:
+        state = ends[end]
+        if isinstance(state, UnixSocket) and maker.listener(state.type, state.name):
+            return end
+    return named[-1] if named else None
+
+
 def _pair(maker: Maker, index: int, one: UnixSocket, peer_index: int, other: UnixSocket) -> None:
-    first, second = socket.socketpair(socket.AF_UNIX, one.type)
+    first, second = _named_pair(maker, index, one, peer_index, other)
     with first, second:
         _tell(maker, index, set_options(first, one.options))
         _tell(maker, peer_index, set_options(second, other.options))
@@ -325,8 +358,91 @@ def _pair(maker: Maker, index: int, one: UnixSocket, peer_index: int, other: Uni
                 sock.shutdown(socket.SHUT_WR)
             if state.shutdown & _RCV_SHUTDOWN:
                 sock.shutdown(socket.SHUT_RD)
+        _judge_credentials(maker, index, first, one)
+        _judge_credentials(maker, peer_index, second, other)
         maker.local[index] = _finish(maker, first, one)
         maker.local[peer_index] = _finish(maker, second, other)
+
+
+def _named_pair(
+    maker: Maker, index: int, one: UnixSocket, peer_index: int, other: UnixSocket
+) -> tuple[socket.socket, socket.socket]:
+    accepted = accepted_end(maker, index, one)
+    if accepted == index:
+        second, first = _named_pair(maker, peer_index, other, index, one)
+        return first, second
+    pair = _connection(maker, one, peer_index, other) if accepted is not None else None
+    if pair is None:
+        pair = _own(maker).pair(one.type, one.credentials)
+    try:
+        _bind_unix(maker, index, pair[0], one)
+        if accepted is None:
+            _bind_unix(maker, peer_index, pair[1], other)
+    except BaseException:
+        for sock in pair:
+            sock.close()
+        raise
+    return pair
+
+
+def _connection(
+    maker: Maker, one: UnixSocket, accepted: int, other: UnixSocket
+) -> tuple[socket.socket, socket.socket] | None:
+    """The end that connected and the accepted one; None where the name cannot be had for a moment."""
+    listener = maker.listener(other.type, other.name)
+    file = listener.file if listener else other.file
+
+    def bind(sock: socket.socket) -> bytes:
+        if file is None:
+            _bind_unix(maker, accepted, sock, other)
+            return other.name
+        path = maker.path(file.path)
+        if file.deleted and os.path.lexists(path):
+            raise RestoreConflict(f"{file.path} belongs to another socket now")
+        _bind_file(maker, accepted, sock, replace(file, deleted=False))
+        if file.deleted:
+            there = os.lstat(path)
+            _own(maker).afterwards.append(lambda: _remove(path, there))
+        return os.fsencode(path)
+
+    try:
+        return _own(maker).connection(
+            one.type, other.name, bind, listened=one.credentials, connected=other.credentials
+        )
+    except (OSError, RestoreConflict) as error:
+        why = error.message if isinstance(error, RestoreConflict) else error.strerror
+        shown = os.fsdecode(other.name.replace(b"\0", b"@"))
+        maker.warnings.append(
+            f"{maker.name(accepted)}: the connection that was accepted at {shown} comes back without that name ({why})"
+        )
+        return None
+
+
+def _remove(path: str, ours: os.stat_result) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.lstat(path), ours):
+            os.unlink(path)
+
+
+def _own(maker: Maker) -> OwnSockets:
+    assert maker.own_sockets is not None
+    return maker.own_sockets
+
+
+def _judge_credentials(maker: Maker, index: int, sock: socket.socket, one: UnixSocket) -> None:
+    """Tell, once, when the peer's credentials are not what they were; of another process they never are."""
+    if one.credentials is None or maker.told_credentials:
+        return
+    wanted = replace(one.credentials, pid=maker.pid)
+    found = PeerCredentials(*struct.unpack("i2I", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
+    if found != wanted:
+        maker.told_credentials = True
+        refused = _own(maker).refused
+        maker.warnings.append(
+            f"{maker.name(index)}: its peer shows as process {found.pid} of user {found.uid} and group {found.gid}, "
+            f"not {wanted.pid} of {wanted.uid} and {wanted.gid} (SO_PEERCRED), as may those of other socket pairs"
+            f"{f': {refused}' if refused else ''}"
+        )
 
 
 def _send_queue(sock: socket.socket, queue: tuple[bytes, ...]) -> None:

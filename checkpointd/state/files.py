@@ -8,6 +8,7 @@ watches, socket pairs) likewise.  Sizes and offsets are bytes, times nanoseconds
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -319,6 +320,15 @@ class SocketFile:
     directory: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class PeerCredentials:
+    """SO_PEERCRED: who made the pair, listened (for the end that connected) or connected (for the accepted end)."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnixSocket(Socket):
     """A UNIX socket that is listening, idle, or connected within the target (or, datagram, to a name).
@@ -331,6 +341,7 @@ class UnixSocket(Socket):
         queue: what waits to be read: one piece for a stream, else one per packet.
         shutdown: bits RCV_SHUTDOWN 1, SEND_SHUTDOWN 2.
         hung_up: its peer is gone; end of file follows the queue.
+        credentials: of its peer, as it shows them; None in images of before they were kept.
     """
 
     kind: Literal["unix"] = "unix"
@@ -344,6 +355,14 @@ class UnixSocket(Socket):
     queue: tuple[bytes, ...] = ()
     shutdown: int = 0
     hung_up: bool = False
+    credentials: PeerCredentials | None = None
+
+    @property
+    def name(self) -> bytes:
+        """What it is bound to, b"" for nothing; an abstract name begins with a zero byte."""
+        if self.abstract is not None:
+            return b"\0" + self.abstract
+        return os.fsencode(self.file.path) if self.file else b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -100,6 +100,7 @@ class Session:
         inotify_paths: (kernel device, inode) to path, found before the freeze.
         closed_sockets: by inode, connections that will come back closed; so they stay whatever happens to them.
         ownerless: descriptors whose signals have neither owner nor number, found before the freeze.
+        foreign_pairs: it was told that another process made a pair.
     """
 
     pid: int
@@ -114,6 +115,7 @@ class Session:
     mounts: dict[int, fdinfo.Mount] = field(default_factory=dict)
     closed_sockets: dict[int, ClosedSocket] = field(default_factory=dict)
     ownerless: set[FdKey] = field(default_factory=set)
+    foreign_pairs: bool = False
     _pidfd: int = -1
     _foreign_network: bool | None = None
     _listeners: ListenerDiag | None = None

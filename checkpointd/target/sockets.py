@@ -18,6 +18,7 @@ from checkpointd.state.files import (
     InetAddress,
     InetSocket,
     NetlinkSocket,
+    PeerCredentials,
     SocketFile,
     SocketOption,
     UnixSocket,
@@ -258,7 +259,22 @@ def _unix(
         queue=_queue(one, sock, info) if session.final and not listening else (),
         shutdown=info.shutdown if connected else 0,
         hung_up=hung_up and not packets,
+        credentials=_credentials(session, one, sock) if connected and not peer_name else None,
     )
+
+
+def _credentials(session: Session, one: OpenFd, sock: socket.socket) -> PeerCredentials | None:
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    found = PeerCredentials(*struct.unpack("i2I", raw))
+    if not found.pid:
+        return None  # datagram sockets that were connected one by one have none
+    if found.pid != session.pid and session.final and not session.foreign_pairs:
+        session.foreign_pairs = True
+        session.warnings.append(
+            f"fd {one.fd}: a UNIX socket pair that process {found.pid} made shows that as its peer (SO_PEERCRED), "
+            "and will show the restored process instead, as will all such pairs"
+        )
+    return found
 
 
 def _outside(session: Session, one: OpenFd, sock: socket.socket, peer_name: bytes) -> ClosedSocket:

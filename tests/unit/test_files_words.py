@@ -87,10 +87,12 @@ def test_unix_names_are_found():
         b"0: 00000003 00000000 00000000 0001 03 78 @name\n"
         b"0: 00000003 00000000 00000000 0001 03 79 @other\n"
         b"0: 00000002 00000000 00000000 0002 01 80 /with space\n"
+        b"0: 00000003 00000000 00000000 0002 03 81 @datagrams\n"
     )
     assert holders.unix_name_inode(table, b"\0name") == 77
     assert holders.unix_name_inode(table, b"\0other") == 0
     assert holders.unix_name_inode(table, b"/with space") == 80
+    assert holders.unix_name_inode(table, b"\0datagrams") == 81
 
 
 def test_lock_holders_are_found():
