@@ -25,7 +25,7 @@ from checkpointd.linux import fcntl as fdcalls
 from checkpointd.linux._libc import syscall
 from checkpointd.linux.pidfd import NR_PIDFD_GETFD, NR_PIDFD_OPEN
 from checkpointd.restore import files_kinds as kinds
-from checkpointd.restore import pipes, sockets
+from checkpointd.restore import pipes, sockets, unix_sockets
 from checkpointd.restore.files_check import check_files
 from checkpointd.restore.files_maker import BATCH_CALLS, FilesContext, Maker, run_exactly
 from checkpointd.restore.own_sockets import OwnSockets
@@ -107,17 +107,17 @@ def _make_all(maker: Maker) -> None:
         if isinstance(one, state_of.PipeEnd) and one.pipe not in sources:
             maker.current = index
             sources[one.pipe] = pipes.prepare(maker, index, state.pipes[one.pipe])
-    sockets.connections(maker)
+    unix_sockets.connections(maker)
     for index, one in enumerate(state.descriptions):
         maker.current = index
         if isinstance(one, UnixSocket):
-            sockets.unix(maker, index, one)
+            unix_sockets.unix(maker, index, one)
         elif not isinstance(one, state_of.Inotify):
             maker.local[index] = _make(maker, index, one, sources)
     for index, one in enumerate(state.descriptions):
         maker.current = index
         if isinstance(one, UnixSocket):
-            sockets.connect_unix(maker, index, one)
+            unix_sockets.connect_unix(maker, index, one)
         for lock in one.locks:
             _take_description_lock(maker, index, lock)
     for action in maker.deferred:

@@ -18,7 +18,8 @@ from checkpointd.restore.files_changes import judge
 from checkpointd.restore.files_kinds import open_directory, open_regular, same_terminal, stat_or_none
 from checkpointd.restore.files_maker import FilesContext, Maker
 from checkpointd.restore.reopen import Opener
-from checkpointd.restore.sockets import accepted_end, bind_inet, set_options, socket_path_conflict
+from checkpointd.restore.sockets import bind_inet, set_options
+from checkpointd.restore.unix_sockets import accepted_end, socket_path_conflict
 from checkpointd.state import files as state_of
 from checkpointd.state.files import FilesOptions, FilesState, RegularFile
 

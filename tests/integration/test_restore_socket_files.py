@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from checkpointd.errors import RestoreConflict
-from checkpointd.restore import sockets
+from checkpointd.restore import unix_sockets
 from checkpointd.restore.files_check import check_files
 from checkpointd.restore.reopen import Opener
 from checkpointd.state.files import FilesOptions, UnixSocket
@@ -85,7 +85,7 @@ def test_a_name_taken_over_while_it_is_bound_keeps_its_owner(
     else:
         secret.write_text("only root may read this")
     secret.chmod(0o600)
-    own_file: Callable[..., None] = sockets._own_file
+    own_file: Callable[..., None] = unix_sockets._own_file
 
     def late(*args: object) -> None:
         name.unlink()
@@ -95,7 +95,7 @@ def test_a_name_taken_over_while_it_is_bound_keeps_its_owner(
             name.hardlink_to(secret)
         own_file(*args)
 
-    monkeypatch.setattr(sockets, "_own_file", late)
+    monkeypatch.setattr(unix_sockets, "_own_file", late)
     with pytest.raises(RestoreConflict, match="was replaced while it was being bound"), restored(state):
         pass
     there = secret.lstat()
@@ -117,7 +117,7 @@ def test_a_socket_of_roots_is_not_connected_for_a_user(home: Path) -> None:
                     local={0: client.fileno()}, warnings=warnings, opener=opener, name=lambda index: "fd 0",
                     options=FilesOptions(),
                 )  # fmt: skip
-                sockets.connect_unix(maker, 0, one)  # type: ignore[arg-type]
+                unix_sockets.connect_unix(maker, 0, one)  # type: ignore[arg-type]
                 assert bool(warnings) != is_connected
                 if is_connected:
                     assert client.getpeername() == str(name)
