@@ -44,6 +44,7 @@ T = TypeVar("T")
 _NOT_AGAIN = os.O_CREAT | os.O_EXCL | os.O_TRUNC | fdcalls.FASYNC
 _TMPFILE_BIT = 0o20000000  # __O_TMPFILE: O_TMPFILE without the O_DIRECTORY in it
 _SETTABLE = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
+_CLONE_FS = 0x200
 _NO_ID = (1 << 32) - 1  # (uid_t)-1: changes nothing, tells what is
 _KINDS = {
     stat.S_IFREG: "regular file",
@@ -249,23 +250,39 @@ def as_process(theirs: Credentials, ours: Credentials, action: Callable[[], T]) 
     Raises:
         PermissionError: we may not take its place; whatever `action` raises.
     """
+    dumpable = prctl.prctl(prctl.PR_GET_DUMPABLE)
+    try:
+        return _in_thread(lambda: _become(theirs, ours), action)
+    finally:
+        # a thread's change of user makes the whole process undumpable
+        if dumpable in (0, 1):
+            prctl.prctl(prctl.PR_SET_DUMPABLE, dumpable)
+
+
+def in_directory(fd: int, action: Callable[[], T]) -> T:
+    """Run `action` in a thread of ours whose working directory is `fd`: the process has but one."""
+
+    def go() -> None:
+        syscall(Nr.UNSHARE, _CLONE_FS, name="unshare")
+        os.fchdir(fd)
+
+    return _in_thread(go, action)
+
+
+def _in_thread(prepare: Callable[[], None], action: Callable[[], T]) -> T:
     results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            _become(theirs, ours)
+            prepare()
             results.append(action())
         except BaseException as error:
             errors.append(error)
 
-    dumpable = prctl.prctl(prctl.PR_GET_DUMPABLE)
     thread = threading.Thread(target=run, name="as-process")
     thread.start()
     thread.join()
-    # a thread's change of user makes the whole process undumpable
-    if dumpable in (0, 1):
-        prctl.prctl(prctl.PR_SET_DUMPABLE, dumpable)
     if errors:
         raise errors[0]
     return results[0]

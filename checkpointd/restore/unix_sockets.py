@@ -16,7 +16,7 @@ from checkpointd.linux import socket as sockets
 from checkpointd.restore import holders
 from checkpointd.restore.files_maker import Maker
 from checkpointd.restore.own_sockets import OwnSockets
-from checkpointd.restore.reopen import own_path
+from checkpointd.restore.reopen import in_directory, own_path
 from checkpointd.restore.sockets import borrow, finish, listen, new_socket, set_options, tell_unset
 from checkpointd.state.files import PeerCredentials, SocketFile, UnixSocket
 
@@ -264,10 +264,11 @@ def _bind_file(maker: Maker, index: int, sock: socket.socket, file: SocketFile) 
         directory = _look_at_directory(maker, file)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(base, dir_fd=directory)
-        name = os.fsencode(path)
-        if len(name) >= _SUN_PATH_BYTES:
-            name = os.fsencode(f"{own_path(directory)}/{base}")
-        sock.bind(name)
+        if not (file.name and _bind_relative(sock, path, directory, file.name)):
+            name = os.fsencode(path)
+            if len(name) >= _SUN_PATH_BYTES:
+                name = os.fsencode(f"{own_path(directory)}/{base}")
+            sock.bind(name)
         _own_file(sock, directory, base, file)
         if file.deleted:
             os.unlink(base, dir_fd=directory)
@@ -279,6 +280,21 @@ def _bind_file(maker: Maker, index: int, sock: socket.socket, file: SocketFile) 
     finally:
         if directory >= 0:
             os.close(directory)
+
+
+def _bind_relative(sock: socket.socket, path: str, directory: int, name: str) -> bool:
+    """Bind to the end of `path`, as getsockname(2) is to tell it; False where that is not allowed."""
+    start = directory
+    if "/" in name:
+        start = os.open(path.removesuffix(name) or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        in_directory(start, lambda: sock.bind(name))
+    except PermissionError:  # system call filters of containers deny unshare(2)
+        return False
+    finally:
+        if start != directory:
+            os.close(start)
+    return True
 
 
 def _look_at_directory(maker: Maker, file: SocketFile) -> int:

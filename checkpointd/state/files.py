@@ -308,8 +308,9 @@ class SocketFile:
     """The name of a UNIX socket in the file system.
 
     Attributes:
-        path: as the program gave it, links and all.
+        path: as the program gave it, links and all, but absolute.
         directory: where that led to, free of links; "" in images of before it was kept.
+        name: what it was bound to, where that was relative: the end of `path`.
     """
 
     path: str
@@ -318,6 +319,7 @@ class SocketFile:
     gid: int
     deleted: bool = False
     directory: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

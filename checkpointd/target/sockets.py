@@ -301,9 +301,11 @@ def _socket_file(session: Session, info: sockets.UnixInfo) -> SocketFile:
     path = os.path.join(session.cwd(), name)
     there = session.stat(path)
     directory = os.path.realpath(os.path.dirname(path))
+    relative = "" if name.startswith("/") else name
     if there is None or not stat.S_ISSOCK(there.st_mode) or (info.file and there.st_ino != info.file[1]):
-        return SocketFile(path, 0o755, 0, 0, deleted=True, directory=directory)
-    return SocketFile(path, stat.S_IMODE(there.st_mode), there.st_uid, there.st_gid, directory=directory)
+        return SocketFile(path, 0o755, 0, 0, deleted=True, directory=directory, name=relative)
+    mode = stat.S_IMODE(there.st_mode)
+    return SocketFile(path, mode, there.st_uid, there.st_gid, directory=directory, name=relative)
 
 
 def _queue(one: OpenFd, sock: socket.socket, info: sockets.UnixInfo) -> tuple[bytes, ...]:

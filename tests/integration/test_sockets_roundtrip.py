@@ -224,8 +224,42 @@ os.chmod('service.sock', 0o711)
             client.connect(path)
             pid, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             assert pid == stub.pid
-            stub.do("c, _ = socket.socket(fileno=20).accept(); c.sendall(b'hello')")
+            stub.do("s = socket.socket(fileno=20); c, _ = s.accept(); c.sendall(b'hello')")
             assert client.recv(10) == b"hello"
+        assert stub.get("s.getsockname()") == "service.sock"
+
+
+@pytest.mark.parametrize("name", ["inner/socket", "../far/socket", "./socket", "x" * 100])
+def test_relative_names_stay_relative(tmp_path, name):
+    """Those of accepted connections too; one may be longer than a name can be with its directory."""
+    for directory in ("home", "home/inner", "far"):
+        (tmp_path / directory).mkdir()
+    here = os.getcwd()
+    setup = f"""
+s = socket.socket(1, 2); s.bind({name!r}); os.dup2(s.fileno(), 20)
+l = socket.socket(1); l.bind('listener'); l.listen(); os.dup2(l.fileno(), 21)
+c = socket.socket(1); c.connect('listener'); a, _ = l.accept(); os.dup2(a.fileno(), 22); os.dup2(c.fileno(), 23)
+"""
+    with moved(setup, cwd=tmp_path / "home", **QUIET) as (stub, warnings):
+        assert warnings == []
+        assert stub.get("[socket.socket(fileno=os.dup(fd)).getsockname() for fd in (20, 21, 22)]") == [
+            name,
+            "listener",
+            "listener",
+        ]
+        assert stub.get("socket.socket(fileno=23).getpeername()") == "listener"
+        assert (tmp_path / "home" / name).is_socket()
+    assert os.getcwd() == here
+
+
+def test_relative_name_becomes_absolute_where_no_directory_of_our_own_is_allowed(tmp_path, monkeypatch):
+    def denied(fd, action):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("checkpointd.restore.unix_sockets.in_directory", denied)
+    with moved("s = socket.socket(1); s.bind('name')", cwd=tmp_path, **QUIET) as (stub, warnings):
+        assert warnings == []
+        assert stub.get("socket.socket(fileno=3).getsockname()") == str(tmp_path / "name")
 
 
 def test_abstract_unix_listener():
