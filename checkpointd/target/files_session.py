@@ -27,6 +27,8 @@ SMALL_CONTENT_BYTES = 1 << 20
 """Content up to here is kept with the image's state, more of it as pages."""
 
 _TOLD_ONE_BY_ONE = 3
+# a kernel without inet_diag or without sock_diag, a system call filter or a security module
+_NO_DIAGNOSTICS = (errno.ENOENT, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES)
 
 FdKey = tuple[int, int, int]
 """A descriptor with device and inode of what it leads to: another one under its number has another key."""
@@ -186,11 +188,13 @@ class Session:
 
     def md5_keys(self, family: int, host: str, port: int, inode: int) -> tuple[Md5Key, ...]:
         """TCP MD5 keys of a listener, as far as we may see them."""
-        if self._listeners is None:
-            self._listeners = ListenerDiag()
         try:
+            if self._listeners is None:
+                self._listeners = ListenerDiag()
             return self._listeners.md5_keys(family, host, port, inode)
-        except FileNotFoundError:  # a kernel without inet_diag
+        except OSError as error:
+            if error.errno not in _NO_DIAGNOSTICS:
+                raise
             return ()
 
     def multicast_groups(self, family: int) -> list[tuple[int, bytes]]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of sockets, set by one process and read back in the one restored from it."""
 
+import errno
+import os
 import socket
 import struct
 
@@ -256,6 +258,18 @@ for value in {values}: s.setsockopt(6, {TCP_MD5SIG_EXT}, value)
             key = Md5Key(socket.AF_INET, socket.inet_aton("127.0.0.1"), 32, b"of one peer")
             client.setsockopt(6, TCP_MD5SIG_EXT, key.option(socket.AF_INET))
             client.connect(("127.0.0.1", address[1]))
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EPROTONOSUPPORT, errno.EPERM])
+@pytest.mark.parametrize("call", ["__init__", "md5_keys"])
+def test_a_listener_is_saved_where_nobody_tells_of_keys(monkeypatch, call, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(ListenerDiag, call, fail)
+    with driven() as target:
+        target.do("s = socket.create_server(('127.0.0.1', 0))")
+        assert file_blockers(target.pid) == []
 
 
 def test_keys_of_the_tcp_authentication_option_are_refused(monkeypatch):
