@@ -29,11 +29,10 @@ def unix(maker: Maker, index: int, one: UnixSocket) -> None:
     """A UNIX socket; for a pair both ends are made when the first is met."""
     if index in maker.local:
         return
-    if one.peer is not None:
-        other = maker.state.descriptions[one.peer]
-        if isinstance(other, UnixSocket) and other.peer == index and one.peer != index:
-            _pair(maker, index, one, one.peer, other)
-            return
+    other = _other_end(maker, index, one)
+    if other is not None and one.peer is not None:
+        _pair(maker, index, one, one.peer, other)
+        return
     if one.hung_up:
         # a name is that of the listener, nearly always
         found = _connection(maker, one, index, one) if one.name else None
@@ -56,6 +55,18 @@ def unix(maker: Maker, index: int, one: UnixSocket) -> None:
         maker.local[index] = finish(maker, sock, one)
 
 
+def _other_end(maker: Maker, index: int, one: UnixSocket) -> UnixSocket | None:
+    """The other end where both are made at once, as a pair or a connection."""
+    other = maker.state.descriptions[one.peer] if one.peer not in (None, index) else None
+    if not isinstance(other, UnixSocket) or other.peer != index:
+        return None
+    # datagram sockets that were connected to each other one by one have names, and no credentials
+    has_names = all(end.name and not (end.file and end.file.deleted) for end in (one, other))
+    if one.type == socket.SOCK_DGRAM and has_names and not (one.credentials or other.credentials):
+        return None
+    return other
+
+
 def connections(maker: Maker) -> None:
     """Everything connected that has a name: a connection borrows that of its listener, before that takes it."""
     try:
@@ -72,7 +83,7 @@ def connect_unix(maker: Maker, index: int, one: UnixSocket) -> None:
     name = one.peer_name
     if one.peer is not None and not name:
         other = maker.state.descriptions[one.peer]
-        if not isinstance(other, UnixSocket) or other.peer == index:
+        if not isinstance(other, UnixSocket) or _other_end(maker, index, one) is not None:
             return
         name = _bound_name(maker, other)
     if not name:
@@ -88,6 +99,8 @@ def connect_unix(maker: Maker, index: int, one: UnixSocket) -> None:
             maker.warnings.append(
                 f"{maker.name(index)}: could not be connected to {shown} ({error.strerror})"
             )
+        else:
+            _shut(sock, one)
 
 
 def _bound_name(maker: Maker, one: UnixSocket) -> bytes:
@@ -120,10 +133,7 @@ def _pair(maker: Maker, index: int, one: UnixSocket, peer_index: int, other: Uni
         _send_queue(second, one.queue)
         _send_queue(first, other.queue)
         for sock, state in ((first, one), (second, other)):
-            if state.shutdown & _SEND_SHUTDOWN:
-                sock.shutdown(socket.SHUT_WR)
-            if state.shutdown & _RCV_SHUTDOWN:
-                sock.shutdown(socket.SHUT_RD)
+            _shut(sock, state)
         _judge_credentials(maker, index, first, one)
         _judge_credentials(maker, peer_index, second, other)
         maker.local[index] = finish(maker, first, one)
@@ -188,6 +198,13 @@ def _remove(path: str, ours: os.stat_result) -> None:
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.lstat(path), ours):
             os.unlink(path)
+
+
+def _shut(sock: socket.socket, one: UnixSocket) -> None:
+    if one.shutdown & _SEND_SHUTDOWN:
+        sock.shutdown(socket.SHUT_WR)
+    if one.shutdown & _RCV_SHUTDOWN:
+        sock.shutdown(socket.SHUT_RD)
 
 
 def _own(maker: Maker) -> OwnSockets:

@@ -369,7 +369,7 @@ socks = [socket.socket(fileno=fd) for fd in range(20, 24)]
             assert warnings == []
             stub.do("socks = [socket.socket(fileno=fd) for fd in range(20, 24)]")
             assert stub.get(NAMES) == names
-            assert stub.get("[s.gettimeout() for s in socks]") == [None] * 4
+            assert stub.get("[fcntl.fcntl(s, fcntl.F_GETFL) for s in socks]") == [os.O_RDWR] * 4
             assert os.path.lexists(server) == there
             assert os.path.lexists(client) == (kind == "file")
             if listens == "listening":
@@ -404,6 +404,27 @@ os.dup2(a.fileno(), 20); os.dup2(b.fileno(), 21)
         stub.do("a.send(b'one')")
         assert stub.get("b.recvfrom(9)") == (b"one", first)
         assert any("in use by" in text for text in check_files(stub.state))
+
+
+@pytest.mark.parametrize("kind", ["file", "abstract"])
+def test_datagram_sockets_connected_one_by_one_show_no_credentials(tmp_path, kind):
+    """To each other, or one to itself."""
+    first, second, alone = (name_of(kind, tmp_path, word) for word in ("first", "second", "alone"))
+    setup = f"""
+a, b, c = [socket.socket(1, 2) for _ in range(3)]
+a.bind({first!r}); b.bind({second!r}); a.connect({second!r}); b.connect({first!r}); b.shutdown(socket.SHUT_WR)
+c.bind({alone!r}); c.connect({alone!r})
+for nth, s in enumerate((a, b, c)): os.dup2(s.fileno(), 20 + nth)
+"""
+    with moved(setup, **QUIET) as (stub, warnings):
+        assert warnings == []
+        stub.do("a, b, c = socks = [socket.socket(fileno=fd) for fd in (20, 21, 22)]")
+        assert stub.get(NAMES) == [(first, second), (second, first), (alone, alone)]
+        assert stub.get("[struct.unpack('3i', s.getsockopt(1, 17, 12)) for s in socks]") == [(0, -1, -1)] * 3
+        stub.do("a.send(b'one'); c.send(b'self')")
+        assert stub.get("b.recv(9), c.recv(9)") == (b"one", b"self")
+        with pytest.raises(AssertionError, match="BrokenPipe"):
+            stub.do("b.send(b'shut')")
 
 
 def test_accepted_end_whose_client_hung_up_keeps_its_name(tmp_path):
