@@ -156,6 +156,10 @@ class OwnSockets:
         uid, gid = self._now()
         if who is None or (who.uid, who.gid) == (uid, gid):
             return self._remote.batch(calls)
+        if who.uid == 0 and uid:
+            # capabilities(7): who leaves user 0 with all his ids loses every capability
+            self.refused = "only a process of root can be root for a moment"
+            return self._remote.batch(calls)
         there = [
             Call(Nr.SETRESGID, (_KEEP, who.gid, _KEEP)),
             Call(Nr.SETRESUID, (_KEEP, who.uid, _KEEP)),

@@ -13,6 +13,7 @@ import pytest
 
 from checkpointd.errors import RestoreConflict, Unsupported
 from checkpointd.restore.files import after_credentials, check_files
+from checkpointd.restore.own_sockets import OwnSockets
 from checkpointd.state.files import FilesOptions, PeerCredentials, UnixSocket
 from checkpointd.target.files import file_blockers
 from tests.files_lab import driven, moved, restored, save
@@ -487,13 +488,14 @@ keep(20, *socket.socketpair())
 os.setegid(1234); os.seteuid(4321)
 keep(22, *socket.socketpair())
 os.seteuid(0); os.setegid(0)
-e, f = socket.socketpair(); os.setegid(99); os.seteuid(98); g, h = socket.socketpair(); os.seteuid(0); os.setegid(0)
+os.setegid(77); e, f = socket.socketpair()
+os.setegid(99); os.seteuid(98); g, h = socket.socketpair(); os.seteuid(0); os.setegid(0)
 h.close(); keep(24, e, g)
 """
     with moved(setup, **QUIET) as (stub, warnings):
         assert warnings == []
-        root, user, other = ((stub.pid, *ids) for ids in ((0, 0), (4321, 1234), (98, 99)))
-        assert stub.get(CREDENTIALS) == [root, root, user, user, root, other]
+        root, user, group, other = ((stub.pid, *ids) for ids in ((0, 0), (4321, 1234), (0, 77), (98, 99)))
+        assert stub.get(CREDENTIALS) == [root, root, user, user, group, other]
         assert stub.get("os.getresuid(), os.getresgid()") == ((0, 0, 0), (0, 0, 0))
         capabilities = stub.get("open('/proc/self/status').read().split('CapEff:')[1].split()[0]")
         assert capabilities == Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0]
@@ -511,6 +513,32 @@ keep(20, c, l.accept()[0]); keep(22, *socket.socketpair()); keep(24, *socket.soc
     with moved(setup, **QUIET) as (stub, warnings):
         assert warnings == []
         assert stub.get(CREDENTIALS)[:2] == [(stub.pid, 10, 11), (stub.pid, 20, 21)]
+
+
+@pytest.mark.needs("root")
+def test_a_process_with_capabilities_only_does_not_lose_them_for_a_moment_as_root():
+    """Leaving user 0 altogether takes all capabilities away, and they are needed to the end of the restore."""
+    status = "open('/proc/self/status').read()"
+    capabilities = f"[line for line in {status}.splitlines() if line.startswith(('Cap', 'Uid', 'Gid'))]"
+    with driven(**QUIET) as stub:
+        stub.do("""
+import checkpointd.linux.arch  # while it may still read that
+libc.prctl(8, 1)  # PR_SET_KEEPCAPS
+os.setresgid(1000, 1000, 1000); os.setresuid(1000, 1000, 1000)
+header = ctypes.create_string_buffer(struct.pack('Ii', 0x20080522, 0))
+both = 1 << 6 | 1 << 7  # CAP_SETGID, CAP_SETUID
+data = ctypes.create_string_buffer(struct.pack('6I', both, both, 0, 0, 0, 0))
+assert libc.syscall(126, header, data) == 0
+""")
+        before = stub.get(capabilities)
+        for uid, shown in ((4321, 4321), (0, 1000)):
+            own = OwnSockets(stub)
+            for end in own.pair(socket.SOCK_STREAM, PeerCredentials(1, uid, 99)):
+                found = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+                assert found[:2] == (stub.pid, shown)
+                end.close()
+            assert bool(own.refused) == (uid != shown)
+            assert stub.get(capabilities) == before
 
 
 def test_ids_that_may_not_be_taken_are_told():
