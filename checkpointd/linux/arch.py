@@ -29,6 +29,7 @@ class Nr(enum.IntEnum):
     RT_SIGACTION = 13
     RT_SIGPROCMASK = 14
     MREMAP = 25
+    MINCORE = 27
     MADVISE = 28
     SHMGET = 29
     SHMAT = 30
@@ -56,6 +57,7 @@ class Nr(enum.IntEnum):
     SIGALTSTACK = 131
     PERSONALITY = 135
     MLOCK = 149
+    MLOCKALL = 151
     PRCTL = 157
     ARCH_PRCTL = 158
     SETRLIMIT = 160
@@ -94,6 +96,7 @@ class Nr(enum.IntEnum):
     MSEAL = 462
 
 
+MCL_FUTURE, MCL_ONFAULT = 2, 4
 ARCH_GET_XCOMP_PERM = 0x1022
 ARCH_REQ_XCOMP_PERM = 0x1023
 ARCH_MAP_VDSO_64 = 0x2003

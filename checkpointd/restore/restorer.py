@@ -365,6 +365,7 @@ class _Restorer:
         # all that needs privileges comes before the threads become who they were
         stub.run(self._signal_steps(stub, tids))
         set_limits(stub.pid, state, self.warnings)
+        self._lock_future(stub)
         stub.run_all(
             {
                 tids[thread.tid]: thread_steps.own_steps(stub, thread, tids[thread.tid], self.ours)
@@ -380,6 +381,14 @@ class _Restorer:
             self.options.before_release(stub)
             self._mark("tracking")
         return nr_pages, tids
+
+    def _lock_future(self, stub: Stub) -> None:
+        """Have locked what is mapped from now on, but for what is there (MCL_CURRENT): that has its own locks."""
+        flags = self.process.lock_future
+        if flags and (failed := stub.batch([Call(Nr.MLOCKALL, (flags,))])[0]) < 0:
+            self.warnings.append(
+                f"what it maps from now on is not locked in memory (mlockall: {os.strerror(-failed)})"
+            )
 
     def _judge_directories(self, pid: int) -> None:
         """Did the paths lead where they say, even if somebody made links of them since the check?"""

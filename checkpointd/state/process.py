@@ -85,6 +85,7 @@ class ProcessState:
         personality: personality(2).
         oom_score_adj, coredump_filter: as in /proc/PID.
         membarrier: registrations (MEMBARRIER_CMD_GET_REGISTRATIONS).
+        lock_future: flags of mlockall(2) for what it maps later (MCL_FUTURE, MCL_ONFAULT), or 0.
         namespaces: kind to "kind:[inode]".
         stopped: it was stopped by job control, and comes back stopped.
         threads: the leader first, then by id.
@@ -119,6 +120,7 @@ class ProcessState:
     threads: tuple[ThreadState, ...]
     signals: SignalsState
     warnings: tuple[str, ...] = ()
+    lock_future: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,15 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpointd.errors import CheckpointError, NotPermitted, Unsupported
-from checkpointd.linux import kcmp, prctl, prlimit, timer
-from checkpointd.linux.arch import ARCH_GET_XCOMP_PERM, Nr, cpu_flags
+from checkpointd.linux import kcmp, prlimit, timer
+from checkpointd.linux.arch import cpu_flags
 from checkpointd.memory import TASK_SIZE, Vma, VmaKind
 from checkpointd.procfs import maps, process
 from checkpointd.state.memory import FileIdentity
 from checkpointd.state.process import Cpu, Host, Limit, MemoryLayout, ProcessState
+from checkpointd.target.asked import ask
 from checkpointd.target.attachable import check_attachable, gone
 from checkpointd.target.freeze import Frozen
-from checkpointd.target.remote import Call, Remote
+from checkpointd.target.remote import Remote
 from checkpointd.target.shared_objects import pool_device
 from checkpointd.target.sharers import sharing_warnings
 from checkpointd.target.signals import capture_signals
@@ -46,7 +47,6 @@ __all__ = [
 
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "time_for_children", "user", "uts")
 _MUST_BE_OURS = ("ipc", "mnt", "net", "pid", "user", "uts")
-_MEMBARRIER_GET_REGISTRATIONS = 512
 _XSTATE_MASK_AT = 464  # sw_reserved bytes of the legacy area: XCR0 (Linux arch/x86/kernel/fpu/regset.c)
 _EI_CLASS, _ELFCLASS64 = 4, 2
 _DELETED = " (deleted)"
@@ -307,7 +307,7 @@ def capture_process(
         if draft is None or draft.pid != pid:
             draft = ProcessDraft(pid)
             _fill(draft, maps.read_smaps(pid))
-        asked = _ask(remote)
+        asked = ask(remote)
         blockers = [*draft.blockers, *asked.blockers, *_sharers_of_memory(pid)]
         if blockers:
             raise Unsupported(
@@ -345,6 +345,7 @@ def capture_process(
             thp_disable=asked.thp_disable,
             memory_merge=asked.memory_merge,
             membarrier=asked.membarrier,
+            lock_future=asked.lock_future,
             namespaces=draft.namespaces,
             cpu=cpu_of(threads[0].xstate, threads[0].xstate_size_bytes, asked.xcomp_permitted),
             host=host(pid, draft.boot_id or process.boot_id()),
@@ -413,51 +414,4 @@ def _layout(pid: int, stat: process.Stat, brk: int) -> MemoryLayout:
         env_start=of(50),
         env_end=of(51),
         auxv=Path(f"/proc/{pid}/auxv").read_bytes(),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What only the process itself can tell."""
-
-    brk: int
-    dumpable: int
-    child_subreaper: bool
-    thp_disable: int
-    memory_merge: bool
-    membarrier: int
-    xcomp_permitted: int
-    blockers: tuple[str, ...] = ()
-
-
-def _ask(remote: Remote) -> _Asked:
-    subreaper_at, xcomp_at, tsc_at = remote.alloc(8), remote.alloc(8), remote.alloc(8)
-    results = remote.batch(
-        [
-            Call(Nr.BRK, (0,)),
-            Call(Nr.PRCTL, (prctl.PR_GET_DUMPABLE,)),
-            Call(Nr.PRCTL, (prctl.PR_GET_CHILD_SUBREAPER, subreaper_at)),
-            Call(Nr.PRCTL, (prctl.PR_GET_THP_DISABLE, 0, 0, 0, 0)),
-            Call(Nr.PRCTL, (prctl.PR_GET_MEMORY_MERGE, 0, 0, 0, 0)),
-            Call(Nr.MEMBARRIER, (_MEMBARRIER_GET_REGISTRATIONS, 0, 0)),
-            Call(Nr.ARCH_PRCTL, (ARCH_GET_XCOMP_PERM, xcomp_at)),
-            Call(Nr.PRCTL, (prctl.PR_GET_MDWE, 0, 0, 0, 0)),
-            Call(Nr.PRCTL, (prctl.PR_GET_TSC, tsc_at)),
-        ]
-    )
-    brk, dumpable, subreaper, thp, merge, membarrier, xcomp, mdwe, tsc = results
-    blockers = []
-    if mdwe > 0:
-        blockers.append("it forbade itself memory that is written first and executed later (PR_SET_MDWE)")
-    if tsc == 0 and int.from_bytes(remote.read(tsc_at, 4), "little") == 2:
-        blockers.append("it forbade itself the time stamp counter (PR_SET_TSC)")
-    return _Asked(
-        brk=brk,
-        dumpable=max(0, dumpable),
-        child_subreaper=subreaper == 0 and int.from_bytes(remote.read(subreaper_at, 4), "little") != 0,
-        thp_disable=max(0, thp),
-        memory_merge=merge > 0,
-        membarrier=max(0, membarrier),
-        xcomp_permitted=int.from_bytes(remote.read(xcomp_at, 8), "little") if xcomp == 0 else 0,
-        blockers=tuple(blockers),
     )

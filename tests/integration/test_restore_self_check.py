@@ -147,6 +147,13 @@ def test_memory_of_every_kind_comes_back(start, tmp_path: Path) -> None:
     check(target, dead_ns)
 
 
+@pytest.mark.parametrize("how", ["none", "future", "onfault"])
+def test_locks_of_later_mappings_come_back(start, how: str) -> None:
+    target = start("locks", how)
+    _, dead_ns = cycle(target, SleepMemory(), 2)
+    check(target, dead_ns)
+
+
 @pytest.mark.parametrize("nr_cycles", [1, 3])
 def test_sleeps_go_on(start, nr_cycles: int) -> None:
     target = start("sleeps")

@@ -884,6 +884,33 @@ static void group_memory(const char *dir) {
     CHECK("stack grows", deep_stack(400) == 0, "wrong");
 }
 
+// ---------------------------------------------------------------- locks: what is mapped later
+static int has_flag(void *at, const char *flag) {
+    FILE *f = fopen("/proc/self/smaps", "r");
+    char line[1024];
+    unsigned long from, to;
+    int here = 0, found = -1;
+    while (fgets(line, sizeof line, f)) {
+        if (sscanf(line, "%lx-%lx ", &from, &to) == 2) here = from <= (unsigned long)at && (unsigned long)at < to;
+        if (here && !strncmp(line, "VmFlags:", 8)) found = strstr(line, flag) != 0;
+    }
+    fclose(f);
+    return found;
+}
+static void group_locks(const char *how) {
+    int flags = !strcmp(how, "future") ? MCL_FUTURE : !strcmp(how, "onfault") ? MCL_FUTURE | MCL_ONFAULT : 0;
+    unsigned char *free_before = map(4, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1), in_core = 9;
+    mlock(map(4, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1), 4 * PAGE);
+    mprotect(map(2, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1), PAGE, PROT_NONE);  // no neighbours to join
+    if (flags && mlockall(flags)) exit(12);
+    all_ready(0);
+    CHECK("not locked", has_flag(free_before, " lo") == 0, "%d", has_flag(free_before, " lo"));
+    unsigned char *later = map(4, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1);
+    mincore(later, PAGE, &in_core);
+    CHECK("locked later", has_flag(later, " lo") == !!flags, "%d", has_flag(later, " lo"));
+    CHECK("on fault", (in_core & 1) == (flags == MCL_FUTURE), "%d", in_core);
+}
+
 int main(int argc, char **argv) {
     if (argc < 4) return 2;
     control = argv[3];
@@ -895,6 +922,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(argv[1], "timers")) group_timers();
     else if (!strcmp(argv[1], "identity")) group_identity(argc > 4 ? argv[4] : "");
     else if (!strcmp(argv[1], "memory")) group_memory(argv[4]);
+    else if (!strcmp(argv[1], "locks")) group_locks(argv[4]);
     else return 2;
     say("done");
     return 0;

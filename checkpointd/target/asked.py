@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State out: what only the process itself can tell, asked in one batch of calls.
+
+Source: prctl(2), membarrier(2), mlockall(2), madvise(2), kernel sources as cited.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+from checkpointd.linux import prctl
+from checkpointd.linux.arch import ARCH_GET_XCOMP_PERM, MCL_FUTURE, MCL_ONFAULT, Nr
+from checkpointd.memory import PAGE_SIZE
+from checkpointd.target.remote import Call, Remote, Result
+
+_MEMBARRIER_GET_REGISTRATIONS = 512
+_MADV_COLD = 20
+_PROT_READ, _MAP_PRIVATE_ANON = 1, 0x22
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What only the process itself can tell."""
+
+    brk: int
+    dumpable: int
+    child_subreaper: bool
+    thp_disable: int
+    memory_merge: bool
+    membarrier: int
+    xcomp_permitted: int
+    lock_future: int = 0
+    blockers: tuple[str, ...] = ()
+
+
+def ask(remote: Remote) -> Asked:
+    subreaper_at, xcomp_at, tsc_at = remote.alloc(8), remote.alloc(8), remote.alloc(8)
+    results = remote.batch(
+        [
+            Call(Nr.BRK, (0,)),
+            Call(Nr.PRCTL, (prctl.PR_GET_DUMPABLE,)),
+            Call(Nr.PRCTL, (prctl.PR_GET_CHILD_SUBREAPER, subreaper_at)),
+            Call(Nr.PRCTL, (prctl.PR_GET_THP_DISABLE, 0, 0, 0, 0)),
+            Call(Nr.PRCTL, (prctl.PR_GET_MEMORY_MERGE, 0, 0, 0, 0)),
+            Call(Nr.MEMBARRIER, (_MEMBARRIER_GET_REGISTRATIONS, 0, 0)),
+            Call(Nr.ARCH_PRCTL, (ARCH_GET_XCOMP_PERM, xcomp_at)),
+            Call(Nr.PRCTL, (prctl.PR_GET_MDWE, 0, 0, 0, 0)),
+            Call(Nr.PRCTL, (prctl.PR_GET_TSC, tsc_at)),
+            Call(Nr.MADVISE, (subreaper_at & -PAGE_SIZE, PAGE_SIZE, _MADV_COLD)),
+        ]
+    )
+    brk, dumpable, subreaper, thp, merge, membarrier, xcomp, mdwe, tsc, cold = results
+    blockers = []
+    if mdwe > 0:
+        blockers.append("it forbade itself memory that is written first and executed later (PR_SET_MDWE)")
+    if tsc == 0 and int.from_bytes(remote.read(tsc_at, 4), "little") == 2:
+        blockers.append("it forbade itself the time stamp counter (PR_SET_TSC)")
+    return Asked(
+        brk=brk,
+        dumpable=max(0, dumpable),
+        child_subreaper=subreaper == 0 and int.from_bytes(remote.read(subreaper_at, 4), "little") != 0,
+        thp_disable=max(0, thp),
+        memory_merge=merge > 0,
+        membarrier=max(0, membarrier),
+        xcomp_permitted=int.from_bytes(remote.read(xcomp_at, 8), "little") if xcomp == 0 else 0,
+        lock_future=_lock_future(remote) if cold == -errno.EINVAL else 0,
+        blockers=tuple(blockers),
+    )
+
+
+def _lock_future(remote: Remote) -> int:
+    """MCL_FUTURE, with MCL_ONFAULT or without: a new mapping of such a process is filled at once, or is not.
+
+    No file of /proc shows it.  That the process has it at all is told by the scratch, a mapping newer than any call of
+    the program's: advice to age its pages is refused (EINVAL) where they are locked, and does nothing otherwise (Linux
+    mm/madvise.c, can_madv_lru_vma).
+    """
+    answer_at = remote.alloc(16)
+    results = remote.batch(
+        [
+            Call(Nr.MMAP, (0, PAGE_SIZE, _PROT_READ, _MAP_PRIVATE_ANON, -1, 0)),
+            Call(Nr.MINCORE, (Result(0), PAGE_SIZE, answer_at)),
+            Call(Nr.MUNMAP, (Result(0), PAGE_SIZE)),
+        ],
+        undo=[Call(Nr.MUNMAP, (Result(0), PAGE_SIZE))],
+    )
+    is_filled = results[1] == 0 and remote.read(answer_at, 1)[0] & 1
+    return MCL_FUTURE if is_filled else MCL_FUTURE | MCL_ONFAULT
