@@ -257,7 +257,7 @@ class Dumper:
         vmas = maps.settled_vmas(self.pid, work.maps_draft)
         if not vmas:
             raise TargetGone(f"process {self.pid} has no address space (it is exiting)", pid=self.pid)
-        captured = capture_address_space(self.pid, vmas, NO_RUNS, work.huge)
+        captured = capture_address_space(self.pid, vmas, NO_RUNS, work.huge, work.policies)
         at = work.mark("maps", at)
         self._may_fork = not (is_watched(vmas) or forks_cost_pool_pages(vmas))
         work.kernel_workers = frozen.has_kernel_workers

@@ -16,6 +16,7 @@ from checkpointd.procfs import maps
 from checkpointd.state.process import ImageState
 from checkpointd.stats import DumpStats
 from checkpointd.target.files import FilesDraft
+from checkpointd.target.policies import NO_POLICIES, Policies
 from checkpointd.target.process import ProcessDraft
 
 
@@ -48,6 +49,10 @@ class Work:
     kernel_workers: bool = False
     started_ns: int = field(default_factory=time.monotonic_ns)
     _still_alone: Runs | None = None
+
+    @property
+    def policies(self) -> Policies:
+        return self.process_draft.policies if self.process_draft else NO_POLICIES
 
     def mark(self, phase: str, since_ns: int) -> int:
         """A phase has ended; the time, in nanoseconds."""

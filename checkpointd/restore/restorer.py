@@ -5,7 +5,7 @@
 
     check            machine, rights, ids, files                          nothing exists yet
     spawn            stub with the pid, session, address space layout
-    empty, map       all mappings; program parts, vdso
+    empty, map       all mappings; program parts, vdso; memory policies, by which the pages are placed
     fill             pages
     finish           protection, guards, locks; directory, umask, personality
     files            all descriptors (where some lead to threads in /proc, these are born first)
@@ -38,7 +38,7 @@ from checkpointd.linux.arch import Nr, mmap_min_addr
 from checkpointd.linux.hugetlb import read_pools
 from checkpointd.memory import PAGE_SIZE, Runs
 from checkpointd.procfs import maps, process
-from checkpointd.restore import checks, plan, pools
+from checkpointd.restore import checks, plan, policies, pools
 from checkpointd.restore import signals as signal_steps
 from checkpointd.restore import threads as thread_steps
 from checkpointd.restore.files import FilesContext, after_credentials, check_files, restore_files
@@ -326,6 +326,7 @@ class _Restorer:
         stub.run(thread_steps.tile_permission_steps(state))
         set_program(stub, state.layout, exe_fd, self.warnings)
         self._map_vdso(stub)
+        self.warnings += policies.give_to_mappings(stub, self.space)
         self._mark("map")
         self._make_huge(stub)
         self._take_from_pools(stub)
@@ -360,6 +361,7 @@ class _Restorer:
         tids = tids or thread_steps.create_threads(stub, state, new_ids=self.new_pid)
         if self.new_pid:
             self.warnings += thread_steps.renumber(stub, state, tids)
+        self.warnings += policies.give_to_threads(stub, {tids[one.tid]: one for one in state.threads})
         for thread in state.threads:
             thread_steps.warm_tiles(stub, thread, tids[thread.tid])
         # all that needs privileges comes before the threads become who they were

@@ -47,6 +47,14 @@ class FileIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryPolicy:
+    """set_mempolicy(2), mbind(2): `mode` is MPOL_* with its MPOL_F_* flags."""
+
+    mode: int
+    nodes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class VmaState:
     """One mapping to be made again at restore.
 
@@ -57,6 +65,7 @@ class VmaState:
         guards: guard regions (MADV_GUARD_INSTALL, Linux 6.13) as (start, end) addresses.
         huge: what lay in transparent huge pages without the program's advice (MADV_HUGEPAGE), as (start, end).
         pool_page_bytes: size of the pages of the hugetlb pool it is of (kind `HUGETLB`); 0 for all other memory.
+        policy: of mbind(2); None where that of the thread holds.
     """
 
     start: int
@@ -72,6 +81,7 @@ class VmaState:
     guards: tuple[tuple[int, int], ...] = ()
     huge: tuple[tuple[int, int], ...] = ()
     pool_page_bytes: int = 0
+    policy: MemoryPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from checkpointd.state.memory import MemoryPolicy
+
 
 @dataclass(frozen=True, slots=True)
 class Rseq:
@@ -98,6 +100,7 @@ class ThreadState:
         clear_child_tid: set_tid_address(2).
         pending: siginfo (128 bytes each) of the thread's own pending signals, in order.
         sleep: set when `regs` ask for the kernel's restart block.
+        memory_policy: of set_mempolicy(2); None for the default.
     """
 
     tid: int
@@ -115,3 +118,4 @@ class ThreadState:
     scheduling: Scheduling
     pending: tuple[bytes, ...] = ()
     sleep: Sleep | None = None
+    memory_policy: MemoryPolicy | None = None

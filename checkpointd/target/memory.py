@@ -26,6 +26,7 @@ from checkpointd.memory import NO_RUNS, PAGE_SHIFT, PAGE_SIZE, Runs, Vma, VmaKin
 from checkpointd.procfs import maps
 from checkpointd.state.memory import AddressSpace, FileIdentity, SharedObject, VmaState
 from checkpointd.target.extents import all_data_extents
+from checkpointd.target.policies import NO_POLICIES, Policies
 from checkpointd.target.pool_objects import held_pages
 from checkpointd.target.shared_objects import ObjectKey, pool_device, shared_memory_device
 
@@ -80,11 +81,14 @@ def huge_runs(pid: int, vmas: Sequence[Vma]) -> Runs:
     return merge_runs(np.concatenate(found))
 
 
-def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs, huge: Runs = NO_RUNS) -> CapturedSpace:
+def capture_address_space(
+    pid: int, vmas: Sequence[Vma], guards: Runs, huge: Runs = NO_RUNS, policies: Policies = NO_POLICIES
+) -> CapturedSpace:
     """The frozen target's mappings.
 
     Args:
         huge: of `huge_runs`.
+        policies: of `prepare_policies`.
 
     Raises:
         OSError: a mapping's file cannot be looked at (needs CAP_CHECKPOINT_RESTORE for deleted ones).
@@ -128,6 +132,7 @@ def capture_address_space(pid: int, vmas: Sequence[Vma], guards: Runs, huge: Run
                 guards=_cut(vma, guards),
                 huge=_cut(vma, huge),
                 pool_page_bytes=vma.pool_page_bytes,
+                policy=policies.at(vma.start),
             )
         )
     objects.add_open_memfds()

@@ -30,6 +30,7 @@ from checkpointd.state.process import Cpu, Host, Limit, MemoryLayout, ProcessSta
 from checkpointd.target.asked import ask
 from checkpointd.target.attachable import check_attachable, gone
 from checkpointd.target.freeze import Frozen
+from checkpointd.target.policies import NO_POLICIES, Policies, prepare_policies
 from checkpointd.target.remote import Remote
 from checkpointd.target.shared_objects import pool_device
 from checkpointd.target.sharers import sharing_warnings
@@ -60,6 +61,7 @@ class ProcessDraft:
     Attributes:
         blockers: reasons why the process cannot be saved, one sentence each.
         warnings: what will not come back.
+        policies: memory policies of its mappings.
     """
 
     pid: int
@@ -71,6 +73,7 @@ class ProcessDraft:
     namespaces: dict[str, str] = field(default_factory=dict)
     boot_id: str = ""
     sleep_calls: dict[int, int] = field(default_factory=dict)
+    policies: Policies = NO_POLICIES
 
 
 def prepare_process(pid: int, vmas: Sequence[Vma] | None = None) -> ProcessDraft:
@@ -113,7 +116,7 @@ def _meaning(pid: int, error: OSError) -> CheckpointError:
     return CheckpointError(f"process {pid} could not be examined: {error}", pid=pid)
 
 
-def _fill(draft: ProcessDraft, vmas: Iterable[Vma]) -> None:
+def _fill(draft: ProcessDraft, vmas: Sequence[Vma]) -> None:
     pid = draft.pid
     status = process.read_status(pid)
     draft.exe, draft.exe_deleted, is_64bit = _exe(pid)
@@ -121,6 +124,7 @@ def _fill(draft: ProcessDraft, vmas: Iterable[Vma]) -> None:
     draft.namespaces = {kind: os.readlink(f"/proc/{pid}/ns/{kind}") for kind in _NAMESPACES if _has_ns(kind)}
     draft.boot_id = process.boot_id()
     draft.sleep_calls = prepare_sleeps(pid)
+    draft.policies = prepare_policies(pid, vmas)
     if not is_64bit:
         draft.blockers.append("it is a 32-bit program; only x86-64 programs can be saved")
     if draft.exe_deleted:
@@ -317,7 +321,13 @@ def capture_process(
                 pid=pid,
                 blockers=blockers,
             )
-        threads, warnings = capture_threads(frozen, remote, memory=memory, sleep_calls=draft.sleep_calls)
+        threads, warnings = capture_threads(
+            frozen,
+            remote,
+            memory=memory,
+            sleep_calls=draft.sleep_calls,
+            with_policies=draft.policies.matter,
+        )
         signals = capture_signals(frozen, remote)
         if len(threads) > 1 and any(one.clock == timer.THREAD_CLOCK for one in signals.posix_timers):
             warnings.append("its timers on the CPU time of a thread will count the main thread's")

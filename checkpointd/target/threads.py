@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpointd.linux import prctl, ptrace, sched, timer
+from checkpointd.linux import mempolicy, prctl, ptrace, sched, timer
 from checkpointd.linux import signal as sig
 from checkpointd.linux.arch import Nr, get_robust_list
 from checkpointd.procfs import process
@@ -37,7 +37,8 @@ _FUTEX_CMD_MASK = 0x7F
 _FUTEX_WAIT = 0
 _NS_PER_MS = 1_000_000
 _NO_TIMEOUT = 1 << 31
-_CLEAR_AT, _DEATH_AT, _ANSWERS_BYTES = 24, 32, 40  # behind a stack_t
+_CLEAR_AT, _DEATH_AT, _MODE_AT, _NODES_AT = 24, 32, 36, 40  # behind a stack_t
+_ANSWERS_BYTES = _NODES_AT + mempolicy.MASK_BYTES
 _LATE_NS = 50 * _NS_PER_MS
 _CLOCK_PROCESS_CPUTIME_ID = 2
 _MAX_CLOCK = 16
@@ -120,12 +121,14 @@ def capture_threads(
     *,
     memory: SleepMemory | None = None,
     sleep_calls: Mapping[int, int] | None = None,
+    with_policies: bool = False,
 ) -> tuple[tuple[ThreadState, ...], list[str]]:
     """All threads, the leader first, and warnings.
 
     Args:
         memory: of this target; read and brought up to date.
         sleep_calls: from `prepare_sleeps`.
+        with_policies: ask every thread for its memory policy, even if the leader has none.
     """
     memory = memory if memory is not None else SleepMemory()
     memory.keep_only(frozen.threads)
@@ -134,10 +137,11 @@ def capture_threads(
     states: list[ThreadState] = []
     answers_at = remote.alloc(_ANSWERS_BYTES)
     for tid in order:
-        leader = states[0].credentials if states else None
+        leader = states[0] if states else None
         call = (sleep_calls or {}).get(tid)
+        asks = with_policies or leader is None or leader.memory_policy is not None
         states.append(
-            _capture(frozen, remote, frozen.threads[tid], memory, call, leader, answers_at, warnings)
+            _capture(frozen, remote, frozen.threads[tid], memory, call, leader, asks, answers_at, warnings)
         )
     return tuple(states), warnings
 
@@ -158,7 +162,8 @@ def _capture(
     thread: FrozenThread,
     memory: SleepMemory,
     sleep_call: int | None,
-    leader: Credentials | None,
+    leader: ThreadState | None,
+    asks_policy: bool,
     answers_at: int,
     warnings: list[str],
 ) -> ThreadState:
@@ -171,13 +176,20 @@ def _capture(
         Call(Nr.PRCTL, (prctl.PR_GET_PDEATHSIG, answers_at + _DEATH_AT)),
     ]
     # a call in another thread costs the freeze 0.1 ms: securebits are asked where anything else differs
-    credentials = read_credentials(status, 0 if leader is None else leader.securebits)
-    if credentials != leader:
+    credentials = read_credentials(status, 0 if leader is None else leader.credentials.securebits)
+    asks_bits = leader is None or credentials != leader.credentials
+    if asks_bits:
         calls.append(Call(Nr.PRCTL, (prctl.PR_GET_SECUREBITS,)))
+    if asks_policy:
+        where = (answers_at + _MODE_AT, answers_at + _NODES_AT, mempolicy.NR_MASK_BITS, 0, 0)
+        calls.append(Call(Nr.GET_MEMPOLICY, where))
     results = remote.batch(calls, tid=tid)
-    if credentials != leader:
+    if asks_bits:
         credentials = dataclasses.replace(credentials, securebits=max(0, results[3]))
     answers = remote.read(answers_at, _ANSWERS_BYTES)
+    policy = None
+    if asks_policy and results[-1] == 0:
+        policy = mempolicy.unpack_policy(_word(answers, _MODE_AT, 4), answers[_NODES_AT:])
     address, flags, size_bytes = sig.unpack_stack(answers)
     xstate = ptrace.get_regset(tid, ptrace.NT_X86_XSTATE)
     robust = get_robust_list(tid)
@@ -197,6 +209,7 @@ def _capture(
         scheduling=read_scheduling(tid),
         pending=tuple(ptrace.peek_siginfo(tid, shared=False)) if int(status["SigPnd"], 16) else (),
         sleep=_sleep_of(frozen, thread, memory, sleep_call, warnings),
+        memory_policy=policy,
     )
 
 

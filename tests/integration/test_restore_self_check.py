@@ -154,6 +154,25 @@ def test_locks_of_later_mappings_come_back(start, how: str) -> None:
     check(target, dead_ns)
 
 
+@pytest.mark.skipif(not Path("/proc/self/numa_maps").exists(), reason="no NUMA in this kernel")
+@pytest.mark.parametrize("how", ["all", "mappings", "threads"])
+def test_memory_policies_come_back(start, how: str) -> None:
+    target = start("policies", how)
+    _, dead_ns = cycle(target, SleepMemory(), 2)
+    check(target, dead_ns)
+
+
+def test_policy_for_a_node_that_is_not_here_is_warned_of(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = start("policies", "all")
+    captured = capture(target.pid, kill=True)
+    kill_and_reap(target.child)
+    monkeypatch.setattr("checkpointd.procfs.numa_maps.online_nodes", lambda: frozenset({7}))
+    restored = restore(captured)
+    told = [warning for warning in restored.warnings if "memory policy" in warning]
+    assert len(told) == 3, restored.warnings  # of mappings together, of each thread
+    assert all("lacks nodes" in warning for warning in told)
+
+
 @pytest.mark.parametrize("nr_cycles", [1, 3])
 def test_sleeps_go_on(start, nr_cycles: int) -> None:
     target = start("sleeps")

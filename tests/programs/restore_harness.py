@@ -82,7 +82,7 @@ def capture(
     with freeze(pid) as frozen:
         started = time.monotonic_ns()
         vmas = maps.read_smaps(pid)
-        space = capture_address_space(pid, vmas, _guards(pid, vmas), huge_runs(pid, vmas))
+        space = capture_address_space(pid, vmas, _guards(pid, vmas), huge_runs(pid, vmas), draft.policies)
         with frozen.inject() as remote:
             process = capture_process(frozen, remote, memory, draft)
         files = capture_files(frozen, space.object_ids).state if with_files else None

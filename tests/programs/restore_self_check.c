@@ -911,6 +911,51 @@ static void group_locks(const char *how) {
     CHECK("on fault", (in_core & 1) == (flags == MCL_FUTURE), "%d", in_core);
 }
 
+// ---------------------------------------------------------------- policies: where memory is placed
+static void policy_of(char *out, const char *what, void *at) {
+    unsigned long nodes[16] = {0};
+    int mode = -1;
+    if (syscall(SYS_get_mempolicy, &mode, nodes, 1024, at, at ? 2 : 0)) mode = -errno;
+    sprintf(out + strlen(out), "%s %x %lx\n", what, mode, nodes[0]);
+}
+static char thread_before[99], thread_after[99];
+static void *policy_main(void *arg) {
+    unsigned long node = 1;
+    if (strcmp(arg, "mappings")) syscall(SYS_set_mempolicy, 2, &node, 64);  // MPOL_BIND
+    policy_of(thread_before, "thread", 0);
+    atomic_fetch_add(&nr_ready, 1);
+    wait_go();
+    policy_of(thread_after, "thread", 0);
+    return 0;
+}
+static void policies(char *out, unsigned char **at) {
+    const char *names[] = {"main thread", "bind", "interleave, shared", "half", "other half", "none"};
+    for (int i = 0; i < 6; i++) policy_of(out, names[i], at[i]);
+}
+static void group_policies(const char *how) {
+    unsigned long node = 1;
+    pthread_t t;
+    unsigned char *at[6] = {0};
+    char before[999] = "", after[999] = "";
+    pthread_create(&t, 0, policy_main, (void *)how);
+    if (!strcmp(how, "all")) syscall(SYS_set_mempolicy, 1 | 1 << 15, &node, 64);  // MPOL_PREFERRED, MPOL_F_STATIC_NODES
+    at[1] = map(8, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+    at[2] = map(8, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1);
+    at[3] = map(8, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+    at[4] = at[3] + 4 * PAGE;
+    at[5] = sbrk(0) - 1;
+    if (syscall(SYS_mbind, at[1], 8 * PAGE, 2, &node, 64, 0) || syscall(SYS_mbind, at[2], 8 * PAGE, 3, &node, 64, 0)
+        || syscall(SYS_mbind, at[3], 4 * PAGE, 4, 0, 0, 0)) exit(13);  // MPOL_LOCAL
+    for (int i = 1; i < 6; i++) *at[i] = i;
+    policies(before, at);
+    all_ready(1);
+    policies(after, at);
+    pthread_join(t, 0);
+    CHECK("policies", !strcmp(before, after), "%s became %s", before, after);
+    CHECK("policy of a thread", !strcmp(thread_before, thread_after), "%s became %s", thread_before, thread_after);
+    CHECK("content", *at[1] == 1 && *at[2] == 2 && *at[3] == 3 && *at[4] == 4, "differs");
+}
+
 int main(int argc, char **argv) {
     if (argc < 4) return 2;
     control = argv[3];
@@ -923,6 +968,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(argv[1], "identity")) group_identity(argc > 4 ? argv[4] : "");
     else if (!strcmp(argv[1], "memory")) group_memory(argv[4]);
     else if (!strcmp(argv[1], "locks")) group_locks(argv[4]);
+    else if (!strcmp(argv[1], "policies")) group_policies(argv[4]);
     else return 2;
     say("done");
     return 0;
