@@ -44,6 +44,26 @@ PF_KTHREAD = 0x0020_0000
 PF_EXITING = 0x0000_0004
 PF_IO_WORKER = 0x10
 PF_USER_WORKER = 0x4000
+PF_MCE_PROCESS = 0x80
+PF_MEMALLOC_NOIO = 0x8_0000
+PF_LOCAL_THROTTLE = 0x10_0000
+PF_MCE_EARLY = 0x0800_0000
+
+
+def machine_check_policy(flags: int) -> int:
+    """PR_MCE_KILL_LATE, _EARLY or _DEFAULT by the flags of stat, as prctl(PR_MCE_KILL_GET) tells a thread of itself.
+
+    Source: Linux kernel/sys.c; the same bits since v2.6.33.
+    """
+    if not flags & PF_MCE_PROCESS:
+        return 2
+    return 1 if flags & PF_MCE_EARLY else 0
+
+
+def is_io_flusher(flags: int) -> bool:
+    """Did the thread call prctl(PR_SET_IO_FLUSHER)?  (Asking needs CAP_SYS_RESOURCE.)  Source: Linux kernel/sys.c."""
+    both = PF_MEMALLOC_NOIO | PF_LOCAL_THROTTLE
+    return flags & both == both
 
 
 def is_kernel_worker(stat: Stat) -> bool:

@@ -374,6 +374,7 @@ class _Restorer:
                 for thread in state.threads
             }
         )
+        self.warnings += thread_steps.own_warnings(state.threads, self.ours)
         self._last_words(stub)
         stub.reset()
         for thread in state.threads:

@@ -7,9 +7,10 @@ Source: clone(2), rseq(2), Linux arch/x86/kernel/fpu (XSAVE, AMX), kernel/signal
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from checkpointd.errors import ImageDamaged, RestoreConflict
+from checkpointd.linux import capability as cap
 from checkpointd.linux import clone, prctl, ptrace, timer
 from checkpointd.linux import signal as sig
 from checkpointd.linux.arch import ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA, XTILE_MASK, Nr
@@ -96,10 +97,21 @@ def own_steps(stub: Stub, thread: ThreadState, tid: int, ours: Credentials) -> l
     if thread.scheduling.timerslack_ns:
         args_slack = (prctl.PR_SET_TIMERSLACK, thread.scheduling.timerslack_ns)
         steps.append(Step(Call(Nr.PRCTL, args_slack), "giving back its timer slack"))
+    args_mce = (prctl.PR_MCE_KILL, prctl.PR_MCE_KILL_SET, thread.mce_kill, 0, 0)
+    steps.append(Step(Call(Nr.PRCTL, args_mce), "what memory errors do to it"))
+    if thread.io_flusher and cap.has(ours.effective, cap.CAP_SYS_RESOURCE):
+        steps.append(Step(Call(Nr.PRCTL, (prctl.PR_SET_IO_FLUSHER, 1, 0, 0, 0)), "IO flusher"))
     steps += own_pending_steps(stub, thread.pending, stub.pid, tid)
     steps += credential_steps(stub, thread.credentials, ours)
     steps += after_credential_steps(thread.credentials, thread.pdeath_signal)
     return steps
+
+
+def own_warnings(threads: Iterable[ThreadState], ours: Credentials) -> list[str]:
+    """What `own_steps` leaves out, for want of rights."""
+    if any(thread.io_flusher for thread in threads) and not cap.has(ours.effective, cap.CAP_SYS_RESOURCE):
+        return ["it is no IO flusher (PR_SET_IO_FLUSHER) any more: that needs CAP_SYS_RESOURCE"]
+    return []
 
 
 def tile_permission_steps(state: ProcessState) -> list[Step]:

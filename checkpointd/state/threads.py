@@ -101,6 +101,8 @@ class ThreadState:
         pending: siginfo (128 bytes each) of the thread's own pending signals, in order.
         sleep: set when `regs` ask for the kernel's restart block.
         memory_policy: of set_mempolicy(2); None for the default.
+        mce_kill: what a memory error does to it (PR_MCE_KILL_LATE 0, _EARLY 1, _DEFAULT 2).
+        io_flusher: prctl(PR_SET_IO_FLUSHER).
     """
 
     tid: int
@@ -119,3 +121,5 @@ class ThreadState:
     pending: tuple[bytes, ...] = ()
     sleep: Sleep | None = None
     memory_policy: MemoryPolicy | None = None
+    mce_kill: int = 2
+    io_flusher: bool = False

@@ -62,6 +62,7 @@ class ProcessDraft:
         blockers: reasons why the process cannot be saved, one sentence each.
         warnings: what will not come back.
         policies: memory policies of its mappings.
+        task_flags: of stat, by thread.
     """
 
     pid: int
@@ -74,6 +75,7 @@ class ProcessDraft:
     boot_id: str = ""
     sleep_calls: dict[int, int] = field(default_factory=dict)
     policies: Policies = NO_POLICIES
+    task_flags: dict[int, int] = field(default_factory=dict)
 
 
 def prepare_process(pid: int, vmas: Sequence[Vma] | None = None) -> ProcessDraft:
@@ -125,6 +127,7 @@ def _fill(draft: ProcessDraft, vmas: Sequence[Vma]) -> None:
     draft.boot_id = process.boot_id()
     draft.sleep_calls = prepare_sleeps(pid)
     draft.policies = prepare_policies(pid, vmas)
+    draft.task_flags = _task_flags(pid)
     if not is_64bit:
         draft.blockers.append("it is a 32-bit program; only x86-64 programs can be saved")
     if draft.exe_deleted:
@@ -176,6 +179,14 @@ def _exe(pid: int) -> tuple[FileIdentity, bool, bool]:
     deleted = found.st_nlink == 0 and path.endswith(_DELETED)
     identity = FileIdentity.of(path.removesuffix(_DELETED) if deleted else path, found)
     return identity, deleted, len(head) > _EI_CLASS and head[_EI_CLASS] == _ELFCLASS64
+
+
+def _task_flags(pid: int) -> dict[int, int]:
+    found = {}
+    for tid in process.thread_ids(pid):
+        with contextlib.suppress(OSError):  # it just ended
+            found[tid] = process.read_stat(pid, tid).flags
+    return found
 
 
 _OF_THREADS = ("cgroup", "ipc", "mnt", "net", "pid_for_children", "uts")
@@ -321,17 +332,18 @@ def capture_process(
                 pid=pid,
                 blockers=blockers,
             )
+        stat, status = process.read_stat(pid), process.read_status(pid)
         threads, warnings = capture_threads(
             frozen,
             remote,
             memory=memory,
             sleep_calls=draft.sleep_calls,
             with_policies=draft.policies.matter,
+            task_flags={**draft.task_flags, pid: stat.flags},
         )
         signals = capture_signals(frozen, remote)
         if len(threads) > 1 and any(one.clock == timer.THREAD_CLOCK for one in signals.posix_timers):
             warnings.append("its timers on the CPU time of a thread will count the main thread's")
-        stat, status = process.read_stat(pid), process.read_status(pid)
         return ProcessState(
             pid=pid,
             ppid=stat.ppid,

@@ -122,6 +122,7 @@ def capture_threads(
     memory: SleepMemory | None = None,
     sleep_calls: Mapping[int, int] | None = None,
     with_policies: bool = False,
+    task_flags: Mapping[int, int] | None = None,
 ) -> tuple[tuple[ThreadState, ...], list[str]]:
     """All threads, the leader first, and warnings.
 
@@ -129,6 +130,7 @@ def capture_threads(
         memory: of this target; read and brought up to date.
         sleep_calls: from `prepare_sleeps`.
         with_policies: ask every thread for its memory policy, even if the leader has none.
+        task_flags: of stat, by thread; of just before the freeze, since reading them all in it takes long.
     """
     memory = memory if memory is not None else SleepMemory()
     memory.keep_only(frozen.threads)
@@ -142,6 +144,12 @@ def capture_threads(
         asks = with_policies or leader is None or leader.memory_policy is not None
         states.append(
             _capture(frozen, remote, frozen.threads[tid], memory, call, leader, asks, answers_at, warnings)
+        )
+        flags = (task_flags or {}).get(tid)
+        if flags is None:  # it was born after the look
+            flags = process.read_stat(frozen.pid, tid).flags
+        states[-1] = dataclasses.replace(
+            states[-1], mce_kill=process.machine_check_policy(flags), io_flusher=process.is_io_flusher(flags)
         )
     return tuple(states), warnings
 

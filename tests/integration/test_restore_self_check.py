@@ -118,7 +118,7 @@ def check(target: Target, dead_ns: int) -> list[str]:
 
 
 @pytest.mark.parametrize("linked", ["dynamic", "static"])
-@pytest.mark.parametrize("group", ["cpu", "threads", "signals", "timers", "identity"])
+@pytest.mark.parametrize("group", ["cpu", "threads", "signals", "timers", "identity", "switches"])
 def test_group_comes_back_whole(start, group: str, linked: str) -> None:
     target = start(group, linked=linked)
     _, dead_ns = cycle(target, SleepMemory(), 1)

@@ -956,6 +956,32 @@ static void group_policies(const char *how) {
     CHECK("content", *at[1] == 1 && *at[2] == 2 && *at[3] == 3 && *at[4] == 4, "differs");
 }
 
+// ---------------------------------------------------------------- switches: what prctl(2) keeps for each thread
+static void switches(char *out) {
+    sprintf(out, "mce %d", prctl(PR_MCE_KILL_GET, 0, 0, 0, 0));
+}
+static void *switches_main(void *arg) {
+    char before[99], after[99];
+    prctl(PR_MCE_KILL, PR_MCE_KILL_SET, (long)arg, 0, 0);
+    switches(before);
+    atomic_fetch_add(&nr_ready, 1);
+    wait_go();
+    switches(after);
+    CHECK("switches of a thread", !strcmp(before, after), "%s became %s", before, after);
+    return 0;
+}
+static void group_switches(void) {
+    pthread_t t[3];
+    char before[99], after[99];
+    for (long i = 0; i < 3; i++) pthread_create(&t[i], 0, switches_main, (void *)i);
+    prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0);
+    switches(before);
+    all_ready(3);
+    switches(after);
+    for (int i = 0; i < 3; i++) pthread_join(t[i], 0);
+    CHECK("switches", !strcmp(before, after), "%s became %s", before, after);
+}
+
 int main(int argc, char **argv) {
     if (argc < 4) return 2;
     control = argv[3];
@@ -969,6 +995,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(argv[1], "memory")) group_memory(argv[4]);
     else if (!strcmp(argv[1], "locks")) group_locks(argv[4]);
     else if (!strcmp(argv[1], "policies")) group_policies(argv[4]);
+    else if (!strcmp(argv[1], "switches")) group_switches();
     else return 2;
     say("done");
     return 0;

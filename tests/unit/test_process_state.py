@@ -11,14 +11,14 @@ import pytest
 
 from checkpointd.errors import ImageDamaged
 from checkpointd.linux import capability as cap
+from checkpointd.linux import prctl, timer
 from checkpointd.linux import signal as sig
-from checkpointd.linux import timer
 from checkpointd.linux.arch import Nr
 from checkpointd.memory import TASK_SIZE, Vma, VmaKind
-from checkpointd.procfs import maps
+from checkpointd.procfs import maps, process
 from checkpointd.restore.credentials import credential_steps, missing_rights
 from checkpointd.restore.signals import action_steps, timer_steps
-from checkpointd.restore.threads import checked_xstate
+from checkpointd.restore.threads import checked_xstate, own_steps, own_warnings
 from checkpointd.state import codec
 from checkpointd.state.process import Limit
 from checkpointd.state.signals import PosixTimer, SignalAction, SignalsState
@@ -346,3 +346,30 @@ def test_mappings_that_cannot_be_saved(kind: VmaKind, path: str, flags: tuple[st
     )
     (reason,) = vma_blockers([bad, good, vsyscall])
     assert word in reason
+
+
+@pytest.mark.parametrize(
+    ("flags", "policy", "flusher"),
+    [
+        (0x40_0140, 2, False),
+        (0x40_01C0, 0, False),
+        (0x840_01C0, 1, False),
+        (0x0800_0000, 2, False),
+        (0x08_0000, 2, False),
+        (0x18_0000, 2, True),
+    ],
+)
+def test_switches_of_a_thread_by_its_flags(flags: int, policy: int, flusher: bool) -> None:
+    assert process.machine_check_policy(flags) == policy
+    assert process.is_io_flusher(flags) == flusher
+
+
+@pytest.mark.parametrize("may", [True, False])
+def test_io_flusher_is_restored_or_told(may: bool) -> None:
+    ours = credentials(effective=ROOT if may else ROOT & ~(1 << cap.CAP_SYS_RESOURCE))
+    one = thread(io_flusher=True, pending=())
+    calls = [step.call for step in own_steps(Scratch(), one, 7, ours)]  # type: ignore[arg-type]
+    given = [call for call in calls if call.nr == Nr.PRCTL and call.args[0] == prctl.PR_SET_IO_FLUSHER]
+    assert bool(given) == may
+    warnings = own_warnings([one], ours)
+    assert [("CAP_SYS_RESOURCE" in warning) for warning in warnings] == ([] if may else [True])
