@@ -41,6 +41,7 @@ class Nr(enum.IntEnum):
     SETITIMER = 38
     GETPID = 39
     EXIT = 60
+    SEMCTL = 66
     SHMDT = 67
     FCNTL = 72
     CHDIR = 80

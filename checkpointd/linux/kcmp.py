@@ -12,6 +12,7 @@ from checkpointd.linux._libc import syscall
 
 _NR_KCMP = 312
 KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS = 0, 1, 2, 3
+KCMP_SYSVSEM = 6
 KCMP_EPOLL_TFD = 7
 
 
@@ -32,6 +33,11 @@ def shares_directories(pid: int, tid: int) -> bool:
 def shares_memory(pid: int, other: int) -> bool:
     """Do two processes have one address space (CLONE_VM)?"""
     return _kcmp(pid, KCMP_VM, 0, 0, other=other) == 0
+
+
+def differ_in_undo_lists(pid: int, other: int) -> bool:
+    """Have two processes different lists of semaphore adjustments (SEM_UNDO), or one a list and the other none?"""
+    return _kcmp(pid, KCMP_SYSVSEM, 0, 0, other=other) != 0
 
 
 def compare_files(pid: int, fd1: int, fd2: int) -> int:

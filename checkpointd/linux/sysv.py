@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""System V shared memory: shmget(2), shmat(2), shmctl(2), and making a segment with a wanted id.
+"""System V shared memory: shmget(2), shmat(2), shmctl(2), and making a segment with a wanted id; semaphores.
 
 Raises OSError only: EEXIST (the key is in use), EINVAL (no such segment, or a size that does not fit), EPERM.
 
@@ -18,6 +18,7 @@ from checkpointd.linux.arch import Nr
 IPC_CREAT, IPC_EXCL = 0o1000, 0o2000
 IPC_RMID, IPC_SET, IPC_STAT = 0, 1, 2
 SHM_DEST = 0o1000
+_GETPID = 11
 _NEXT_ID = Path("/proc/sys/kernel/shm_next_id")
 _SHMID_DS_BYTES = 112
 
@@ -81,3 +82,20 @@ def segments() -> dict[int, Segment]:
             nr_attached=int(field[6]),
         )
     return found
+
+
+def operated_semaphores() -> dict[int, int]:
+    """Number of semaphores of each set of our namespace with which semop(2) was ever called, by its id.
+
+    Source: proc_sysvipc(5).
+    """
+    try:
+        lines = Path("/proc/sysvipc/sem").read_text(encoding="ascii").splitlines()[1:]
+    except FileNotFoundError:  # a kernel without CONFIG_SYSVIPC
+        return {}
+    return {int(field[1]): int(field[3]) for field in map(str.split, lines) if field[8] != "0"}
+
+
+def last_operator(semid: int, number: int) -> int:
+    """The process that operated the semaphore last, or set its value; 0 for nobody that we see."""
+    return syscall(Nr.SEMCTL, semid, number, _GETPID, name="semctl(GETPID)")

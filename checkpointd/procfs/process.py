@@ -9,6 +9,7 @@ Source: proc_pid_stat(5), proc_pid_status(5).
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +137,24 @@ def parse_time_offsets(text: bytes) -> tuple[int, int]:
         name, seconds, nanoseconds = line.split()
         found[name] = int(seconds) * 1_000_000_000 + int(nanoseconds)
     return found.get(b"monotonic", 0), found.get(b"boottime", 0)
+
+
+_AUTOGROUP = re.compile(rb"^(/autogroup-\d+) nice (-?\d+)$", re.MULTILINE)
+
+
+def autogroup(pid: int) -> tuple[str, int | None]:
+    """(name, nice) of the group in which the scheduler puts a session; ("", None) where there is none.
+
+    Source: sched(7), "The autogroup feature".
+    """
+    try:
+        text = Path(f"/proc/{pid}/autogroup").read_bytes()
+    except (
+        FileNotFoundError
+    ):  # a kernel without CONFIG_SCHED_AUTOGROUP; who is gone is noticed by the next that asks
+        return "", None
+    match = _AUTOGROUP.search(text)
+    return (match[1].decode("ascii"), int(match[2])) if match else ("", None)
 
 
 def identity(pid: int) -> ProcessIdentity:

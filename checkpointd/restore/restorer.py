@@ -49,7 +49,13 @@ from checkpointd.restore.plan import Step
 from checkpointd.restore.reopen import Opener
 from checkpointd.restore.spawn import ADDR_COMPAT_LAYOUT, Birth, has_time_offsets, members_of, spawn
 from checkpointd.restore.stub import WORK_BYTES, StepFailedError, Stub
-from checkpointd.restore.surroundings import schedule, set_limits, set_program, set_surroundings
+from checkpointd.restore.surroundings import (
+    schedule,
+    set_autogroup,
+    set_limits,
+    set_program,
+    set_surroundings,
+)
 from checkpointd.state.files import FilesOptions, SharedMemory
 from checkpointd.state.process import ImageState, ProcessState
 from checkpointd.state.threads import Credentials
@@ -379,6 +385,7 @@ class _Restorer:
         stub.reset()
         for thread in state.threads:
             schedule(tids[thread.tid], thread.scheduling, self.warnings)
+        set_autogroup(stub.pid, state.autogroup_nice, self.warnings)
         self._mark("threads")
         if self.options.before_release is not None:
             self.options.before_release(stub)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from checkpointd.linux import prctl, prlimit, sched
 from checkpointd.linux.arch import Nr
+from checkpointd.procfs import process
 from checkpointd.restore.plan import Step
 from checkpointd.restore.stub import StepFailedError, Stub
 from checkpointd.state.process import MemoryLayout, ProcessState
@@ -92,6 +93,19 @@ def set_limits(pid: int, state: ProcessState, warnings: list[str]) -> None:
     _write_proc(pid, "oom_score_adj", str(state.oom_score_adj), warnings)
     if state.coredump_filter is not None:
         _write_proc(pid, "coredump_filter", hex(state.coredump_filter), warnings)
+
+
+def set_autogroup(pid: int, nice: int | None, warnings: list[str]) -> None:
+    """Weigh its session against others as the old one was."""
+    name, now = process.autogroup(pid)
+    if nice is None or now is None or now == nice:
+        return
+    if name == process.autogroup(os.getpid())[0]:
+        warnings.append(
+            f"its session is another's, whose autogroup keeps its nice value of {now}, not {nice}"
+        )
+        return
+    _write_proc(pid, "autogroup", str(nice), warnings)
 
 
 def _write_proc(pid: int, name: str, value: str, warnings: list[str]) -> None:

@@ -88,6 +88,7 @@ class ProcessState:
         lock_future: flags of mlockall(2) for what it maps later (MCL_FUTURE, MCL_ONFAULT), or 0.
         namespaces: kind to "kind:[inode]".
         stopped: it was stopped by job control, and comes back stopped.
+        autogroup_nice: of its session (sched(7)); None where there are no such groups.
         threads: the leader first, then by id.
     """
 
@@ -121,6 +122,7 @@ class ProcessState:
     signals: SignalsState
     warnings: tuple[str, ...] = ()
     lock_future: int = 0
+    autogroup_nice: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

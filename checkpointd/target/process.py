@@ -32,6 +32,7 @@ from checkpointd.target.attachable import check_attachable, gone
 from checkpointd.target.freeze import Frozen
 from checkpointd.target.policies import NO_POLICIES, Policies, prepare_policies
 from checkpointd.target.remote import Remote
+from checkpointd.target.semaphores import undo_warnings
 from checkpointd.target.shared_objects import pool_device
 from checkpointd.target.sharers import sharing_warnings
 from checkpointd.target.signals import capture_signals
@@ -76,6 +77,7 @@ class ProcessDraft:
     sleep_calls: dict[int, int] = field(default_factory=dict)
     policies: Policies = NO_POLICIES
     task_flags: dict[int, int] = field(default_factory=dict)
+    autogroup_nice: int | None = None
 
 
 def prepare_process(pid: int, vmas: Sequence[Vma] | None = None) -> ProcessDraft:
@@ -138,6 +140,9 @@ def _fill(draft: ProcessDraft, vmas: Sequence[Vma]) -> None:
         draft.warnings.append(
             "it has no_new_privs: should it be in a Landlock domain, which nothing shows, it comes back without"
         )
+    if draft.namespaces.get("ipc") == os.readlink("/proc/self/ns/ipc"):
+        draft.warnings += undo_warnings(pid)
+    draft.autogroup_nice = process.autogroup(pid)[1]
     for kind in _MUST_BE_OURS:
         if kind in draft.namespaces and draft.namespaces[kind] != os.readlink(f"/proc/self/ns/{kind}"):
             draft.blockers.append(
@@ -367,6 +372,7 @@ def capture_process(
             thp_disable=asked.thp_disable,
             memory_merge=asked.memory_merge,
             membarrier=asked.membarrier,
+            autogroup_nice=draft.autogroup_nice,
             lock_future=asked.lock_future,
             namespaces=draft.namespaces,
             cpu=cpu_of(threads[0].xstate, threads[0].xstate_size_bytes, asked.xcomp_permitted),

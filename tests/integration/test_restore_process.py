@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -21,11 +22,12 @@ from checkpointd.linux import capability as cap
 from checkpointd.linux.arch import Nr
 from checkpointd.memory import VmaKind
 from checkpointd.procfs import maps
-from checkpointd.procfs.process import read_stat, read_status
+from checkpointd.procfs.process import autogroup, read_stat, read_status
 from checkpointd.restore.restorer import RestoreOptions
 from checkpointd.restore.stub import Stub
 from checkpointd.state.files import FilesOptions
 from checkpointd.state.memory import VmaState
+from checkpointd.target.process import prepare_process
 from checkpointd.target.remote import Call
 from checkpointd.tracepoint import clear, register
 from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore, wait_gone
@@ -517,6 +519,57 @@ def test_session_of_a_dead_leader_is_made_again(tmp_path: Path) -> None:
         assert not Path(f"/proc/{leader.pid}").exists()
     finally:
         kill_and_reap(restored.pid)
+
+
+@pytest.mark.skipif(autogroup(os.getpid())[1] is None, reason="no autogroups in this kernel, or switched off")
+def test_nice_value_of_the_session_comes_back(program: Program) -> None:
+    ours = autogroup(os.getpid())
+    Path(f"/proc/{program.pid}/autogroup").write_text("7")
+    captured = capture(program.pid, kill=True)
+    program.kill()
+    restored = restore(captured)
+    assert autogroup(restored.pid)[1] == 7
+    assert autogroup(os.getpid()) == ours
+
+
+SEMAPHORES = """
+import ctypes, struct, sys, threading, time
+libc = ctypes.CDLL(None)
+how = sys.argv[1:]
+semid = libc.semget(0, 2, 0o1600)
+assert libc.semctl(semid, 1, 16, 1) == 0
+if "threads" in how:
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+if "lock" in how:
+    assert libc.semop(semid, struct.pack("=Hhh", 1, -1, 0o10000 if "undo" in how else 0), 1) == 0
+print(semid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("", ""),
+        ("lock", ""),
+        ("lock undo", "SEM_UNDO"),
+        ("threads", ""),
+        ("threads lock undo", "last to operate"),
+    ],
+)
+def test_what_semaphores_would_undo_is_told(how: str, told: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", SEMAPHORES, *how.split()], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    semid = child.stdout.readline().decode().strip()
+    try:
+        found = [warning for warning in prepare_process(child.pid).warnings if "semaphore" in warning]
+        assert [told in warning for warning in found] == ([True] if told else [])
+        assert not found or "threads" not in how or f"set {semid}" in found[0]
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        ctypes.CDLL(None).semctl(int(semid), 0, 0)  # IPC_RMID
 
 
 def test_session_of_somebody_else_becomes_its_own(program: Program) -> None:
