@@ -243,6 +243,11 @@ def _set_tid() -> bool:
     return False
 
 
+def _keys() -> bool:
+    """keyctl(KEYCTL_GET_KEYRING_ID) of our user's keyring; containers often forbid it."""
+    return _syscall(250, 0, -4, 0) > 0
+
+
 def _program(*names: str) -> Callable[[], bool]:
     return lambda: all(
         shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") for name in names
@@ -265,6 +270,7 @@ ABILITIES: dict[str, Callable[[], bool]] = {
     "precise": _precise,
     "ksm": lambda: Path("/sys/kernel/mm/ksm/run").exists(),
     "set_tid": _set_tid,
+    "keys": _keys,
     "io_uring": _io_uring,
     "hugetlb": _hugetlb,
     "guard": _guard,

@@ -78,6 +78,8 @@ class Nr(enum.IntEnum):
     MBIND = 237
     SET_MEMPOLICY = 238
     GET_MEMPOLICY = 239
+    REQUEST_KEY = 249
+    KEYCTL = 250
     IOPRIO_SET = 251
     IOPRIO_GET = 252
     OPENAT = 257

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from checkpointd.errors import CheckpointError, RestoreConflict, Unsupported
-from checkpointd.linux import prctl, ptrace
+from checkpointd.linux import keys, prctl, ptrace
 from checkpointd.linux import signal as sig
 from checkpointd.linux.arch import Nr, mmap_min_addr
 from checkpointd.linux.hugetlb import read_pools
@@ -50,6 +50,8 @@ from checkpointd.restore.reopen import Opener
 from checkpointd.restore.spawn import ADDR_COMPAT_LAYOUT, Birth, has_time_offsets, members_of, spawn
 from checkpointd.restore.stub import WORK_BYTES, StepFailedError, Stub
 from checkpointd.restore.surroundings import (
+    leave_session_keyring,
+    link_user_keyring,
     schedule,
     set_autogroup,
     set_limits,
@@ -345,6 +347,8 @@ class _Restorer:
         stub.run(plan.finishing_steps(self.space, stub))
         stub.reset()
         set_surroundings(stub, state)
+        if self._wants_keyring():
+            leave_session_keyring(stub, self.warnings)
         self._judge_directories(stub.pid)
         self._mark("finish")
         tids: dict[int, int] = {}
@@ -391,6 +395,14 @@ class _Restorer:
             self.options.before_release(stub)
             self._mark("tracking")
         return nr_pages, tids
+
+    def _wants_keyring(self) -> bool:
+        """Was its session keyring another one than ours?"""
+        wanted = self.process.session_keyring
+        if wanted is None:
+            return False
+        same_boot = self.boot_id == self.process.host.boot_id
+        return (wanted.serial if same_boot or not wanted.serial else -1) != keys.own_session_keyring()
 
     def _lock_future(self, stub: Stub) -> None:
         """Have locked what is mapped from now on, but for what is there (MCL_CURRENT): that has its own locks."""
@@ -472,6 +484,9 @@ class _Restorer:
         dumpable = self.process.dumpable
         if dumpable in (0, 1):
             stub.run([Step(Call(Nr.PRCTL, (prctl.PR_SET_DUMPABLE, dumpable, 0, 0, 0)), "dumpable")])
+        keyring = self.process.session_keyring
+        if keyring is not None and keyring.has_user_keyring and self._wants_keyring():
+            stub.batch([link_user_keyring()])
         if self.files is not None:
             stub.batch(after_credentials(self.files))
 

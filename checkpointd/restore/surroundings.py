@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from checkpointd.linux import prctl, prlimit, sched
+from checkpointd.linux import keys, prctl, prlimit, sched
 from checkpointd.linux.arch import Nr
 from checkpointd.procfs import process
 from checkpointd.restore.plan import Step
@@ -72,6 +72,18 @@ def set_surroundings(stub: Stub, state: ProcessState) -> None:
     ]
     stub.run(steps)
     stub.reset()
+
+
+def leave_session_keyring(stub: Stub, warnings: list[str]) -> None:
+    """Give it an empty one in place of ours, whose keys it must not have; its threads are born with it."""
+    (result,) = stub.batch([Call(Nr.KEYCTL, (keys.KEYCTL_JOIN_SESSION_KEYRING, 0))])
+    if result < 0:
+        warnings.append(f"it has the session keyring of who restored it ({os.strerror(-result)})")
+
+
+def link_user_keyring() -> Call:
+    """To be made by the user that the process is in the end."""
+    return Call(Nr.KEYCTL, (keys.KEYCTL_LINK, keys.KEY_SPEC_USER_KEYRING, keys.KEY_SPEC_SESSION_KEYRING))
 
 
 def _path(stub: Stub, path: str) -> int:

@@ -74,6 +74,19 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionKeyring:
+    """The anonymous session keyring of a process (session-keyring(7)).
+
+    Attributes:
+        serial: as in /proc/keys, within a boot; 0 for none.
+        has_user_keyring: that of its user is linked there.
+    """
+
+    serial: int
+    has_user_keyring: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessState:
     """One process.
 
@@ -89,6 +102,7 @@ class ProcessState:
         namespaces: kind to "kind:[inode]".
         stopped: it was stopped by job control, and comes back stopped.
         autogroup_nice: of its session (sched(7)); None where there are no such groups.
+        session_keyring: None where it could not be told.
         threads: the leader first, then by id.
     """
 
@@ -123,6 +137,7 @@ class ProcessState:
     warnings: tuple[str, ...] = ()
     lock_future: int = 0
     autogroup_nice: int | None = None
+    session_keyring: SessionKeyring | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from checkpointd.linux import prctl
 from checkpointd.linux.arch import ARCH_GET_XCOMP_PERM, MCL_FUTURE, MCL_ONFAULT, Nr
 from checkpointd.memory import PAGE_SIZE
+from checkpointd.state.process import SessionKeyring
+from checkpointd.target.keyrings import judge_keyrings, keyring_calls
 from checkpointd.target.remote import Call, Remote, Result
 
 _MEMBARRIER_GET_REGISTRATIONS = 512
@@ -30,14 +32,18 @@ class Asked:
     memory_merge: bool
     membarrier: int
     xcomp_permitted: int
-    lock_future: int = 0
-    blockers: tuple[str, ...] = ()
+    lock_future: int
+    session_keyring: SessionKeyring | None
+    blockers: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def ask(remote: Remote) -> Asked:
     subreaper_at, xcomp_at, tsc_at = remote.alloc(8), remote.alloc(8), remote.alloc(8)
+    of_keyrings = keyring_calls(remote)
     results = remote.batch(
         [
+            *of_keyrings,
             Call(Nr.BRK, (0,)),
             Call(Nr.PRCTL, (prctl.PR_GET_DUMPABLE,)),
             Call(Nr.PRCTL, (prctl.PR_GET_CHILD_SUBREAPER, subreaper_at)),
@@ -50,7 +56,8 @@ def ask(remote: Remote) -> Asked:
             Call(Nr.MADVISE, (subreaper_at & -PAGE_SIZE, PAGE_SIZE, _MADV_COLD)),
         ]
     )
-    brk, dumpable, subreaper, thp, merge, membarrier, xcomp, mdwe, tsc, cold = results
+    brk, dumpable, subreaper, thp, merge, membarrier, xcomp, mdwe, tsc, cold = results[len(of_keyrings) :]
+    keyrings = judge_keyrings(remote, results[: len(of_keyrings)])
     blockers = []
     if mdwe > 0:
         blockers.append("it forbade itself memory that is written first and executed later (PR_SET_MDWE)")
@@ -65,7 +72,9 @@ def ask(remote: Remote) -> Asked:
         membarrier=max(0, membarrier),
         xcomp_permitted=int.from_bytes(remote.read(xcomp_at, 8), "little") if xcomp == 0 else 0,
         lock_future=_lock_future(remote) if cold == -errno.EINVAL else 0,
+        session_keyring=keyrings.session,
         blockers=tuple(blockers),
+        warnings=keyrings.warnings,
     )
 
 

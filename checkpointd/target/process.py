@@ -373,6 +373,7 @@ def capture_process(
             memory_merge=asked.memory_merge,
             membarrier=asked.membarrier,
             autogroup_nice=draft.autogroup_nice,
+            session_keyring=asked.session_keyring,
             lock_future=asked.lock_future,
             namespaces=draft.namespaces,
             cpu=cpu_of(threads[0].xstate, threads[0].xstate_size_bytes, asked.xcomp_permitted),
@@ -380,7 +381,7 @@ def capture_process(
             stopped=any(thread.group_stopped for thread in frozen.threads.values()),
             threads=threads,
             signals=signals,
-            warnings=(*draft.warnings, *warnings),
+            warnings=(*draft.warnings, *asked.warnings, *warnings),
         )
     except OSError as error:
         raise _meaning(pid, error) from error

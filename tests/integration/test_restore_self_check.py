@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -171,6 +172,56 @@ def test_policy_for_a_node_that_is_not_here_is_warned_of(start, monkeypatch: pyt
     told = [warning for warning in restored.warnings if "memory policy" in warning]
     assert len(told) == 3, restored.warnings  # of mappings together, of each thread
     assert all("lacks nodes" in warning for warning in told)
+
+
+@pytest.mark.needs("keys")
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("none", ""),
+        ("session", ""),
+        ("session login", ""),
+        ("session login key", "1 key(s) of its session keyring"),
+        ("process key", "1 key(s) of its process keyring"),
+    ],
+)
+def test_keyrings_are_left_and_lost_keys_told(start, how: str, told: str) -> None:
+    target = start("keys", how)
+    captured, dead_ns = cycle(target, SleepMemory(), 1)
+    found = [warning for warning in captured.state.process.warnings if "key" in warning]
+    assert [told in warning for warning in found] == ([True] if told else [])
+    check(target, dead_ns)
+
+
+RESTORER_WITH_KEYS = """
+import ctypes, sys
+from tests.programs.restore_harness import capture, kill_and_reap, restore
+libc = ctypes.CDLL(None)
+captured = capture(int(sys.argv[1]), kill=True)
+print(flush=True)
+sys.stdin.readline()
+assert libc.syscall(250, 1, 0) > 0  # keyctl(KEYCTL_JOIN_SESSION_KEYRING)
+assert libc.syscall(248, b"user", b"of-the-restorer", b"secret", 6, -3) > 0  # add_key
+restore(captured)
+"""
+
+
+@pytest.mark.needs("keys")
+@pytest.mark.parametrize("how", ["none", "session"])
+def test_keys_of_the_restorer_stay_its_own(start, how: str) -> None:
+    target = start("keys", how)
+    restorer = subprocess.Popen(
+        [sys.executable, "-c", RESTORER_WITH_KEYS, str(target.pid)],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert restorer.stdout is not None
+    restorer.stdout.readline()
+    kill_and_reap(target.child)
+    restorer.communicate(b"\n", timeout=60)
+    assert restorer.returncode == 0
+    check(target, 0)
 
 
 @pytest.mark.parametrize("nr_cycles", [1, 3])

@@ -982,6 +982,22 @@ static void group_switches(void) {
     CHECK("switches", !strcmp(before, after), "%s became %s", before, after);
 }
 
+// ---------------------------------------------------------------- keys: keyrings of the session
+static long keyctl(long what, long a, long b, long c) { return syscall(SYS_keyctl, what, a, b, c); }
+static long key_of(const char *type, const char *name) { return syscall(SYS_request_key, type, name, 0, 0); }
+static void group_keys(const char *how) {
+    long session = 0, user = keyctl(0, -4, 0, 0), in_session;
+    if (strstr(how, "session")) session = keyctl(1, 0, 0, 0);
+    if (strstr(how, "login") && keyctl(8, -4, -3, 0)) exit(14);  // KEYCTL_LINK of the keyring of the user
+    if (strstr(how, "key") && syscall(SYS_add_key, "user", "self-check", "secret", 6, session ? -3 : -2) < 0) exit(15);
+    all_ready(0);
+    in_session = key_of("keyring", "_ses");
+    CHECK("session keyring", in_session > 0 == session > 0 || !strcmp(how, "none"), "%ld, not %ld", in_session, session);
+    int buffer[32], nr = session ? keyctl(11, -3, (long)buffer, sizeof buffer) : 0;
+    CHECK("keyring of the user", nr == (strstr(how, "login") ? 4 : 0) && (!nr || buffer[0] == user), "%d bytes", nr);
+    CHECK("keys of the restorer", key_of("user", "of-the-restorer") == -1, "found");
+}
+
 int main(int argc, char **argv) {
     if (argc < 4) return 2;
     control = argv[3];
@@ -996,6 +1012,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(argv[1], "locks")) group_locks(argv[4]);
     else if (!strcmp(argv[1], "policies")) group_policies(argv[4]);
     else if (!strcmp(argv[1], "switches")) group_switches();
+    else if (!strcmp(argv[1], "keys")) group_keys(argv[4]);
     else return 2;
     say("done");
     return 0;
