@@ -31,6 +31,8 @@ PR_GET_TID_ADDRESS = 40
 PR_SET_THP_DISABLE = 41
 PR_GET_THP_DISABLE = 42
 PR_CAP_AMBIENT = 47
+PR_GET_SPECULATION_CTRL = 52
+PR_SET_SPECULATION_CTRL = 53
 PR_SET_IO_FLUSHER = 57
 PR_GET_MDWE = 66
 PR_SET_MEMORY_MERGE = 67
@@ -41,6 +43,8 @@ PR_SET_VMA_ANON_NAME = 0
 PR_SET_MM_MAP = 14
 PR_CAP_AMBIENT_RAISE = 2
 PR_MCE_KILL_SET = 1
+PR_SPEC_PRCTL, PR_SPEC_ENABLE, PR_SPEC_FORCE_DISABLE = 1, 2, 8
+SPECULATION = ("store bypass", "indirect branches", "L1D flush")  # PR_SPEC_STORE_BYPASS and the following
 PR_MCE_KILL_DEFAULT = 2
 
 SECBIT_KEEP_CAPS = 1 << 4
@@ -67,3 +71,14 @@ def pack_mm_map(values: Sequence[int], auxv_address: int, auxv_size: int, exe_fd
 def prctl(option: int, *args: int) -> int:
     """prctl(2) in our own thread."""
     return syscall(Nr.PRCTL, option, *args, *(0,) * (4 - len(args)), name="prctl")
+
+
+def own_speculation() -> tuple[int, ...]:
+    """PR_GET_SPECULATION_CTRL of our thread, in the order of `SPECULATION`; 0 where the kernel has no such control."""
+    found = []
+    for which in range(len(SPECULATION)):
+        try:
+            found.append(prctl(PR_GET_SPECULATION_CTRL, which, 0, 0, 0))
+        except OSError:
+            found.append(0)
+    return tuple(found)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduling of one thread, from outside: sched_setattr(2), sched_setaffinity(2), ioprio_set(2).
+"""Scheduling of one thread, from outside: sched_setattr(2), sched_setaffinity(2), ioprio_set(2), PR_SCHED_CORE.
 
 Raises OSError: ESRCH, EPERM (CAP_SYS_NICE), EINVAL, EBUSY (no bandwidth for SCHED_DEADLINE).
 """
@@ -15,6 +15,7 @@ from checkpointd.linux.arch import Nr
 _LAYOUT = struct.Struct("=IIQiIQQQ")  # struct sched_attr up to sched_period, 48 bytes
 _IOPRIO_WHO_PROCESS = 1
 SCHED_DEADLINE = 6
+_PR_SCHED_CORE, _PR_SCHED_CORE_GET = 62, 0
 
 
 class SchedAttr(NamedTuple):
@@ -46,3 +47,16 @@ def get_ioprio(tid: int) -> int:
 
 def set_ioprio(tid: int, ioprio: int) -> None:
     syscall(Nr.IOPRIO_SET, _IOPRIO_WHO_PROCESS, tid, ioprio, name="ioprio_set")
+
+
+def core_cookie(tid: int) -> int:
+    """Which threads it shares a core with: those of the same cookie; 0 for all, or where the kernel cannot tell.
+
+    Source: Documentation/admin-guide/hw-vuln/core-scheduling.rst.
+    """
+    cookie = bytearray(8)
+    try:
+        syscall(Nr.PRCTL, _PR_SCHED_CORE, _PR_SCHED_CORE_GET, tid, 0, cookie, name="prctl(PR_SCHED_CORE)")
+    except OSError:  # no CONFIG_SCHED_CORE, no SMT, or not ours to ask
+        return 0
+    return int.from_bytes(cookie, "little")

@@ -7,7 +7,7 @@ Source: clone(2), rseq(2), Linux arch/x86/kernel/fpu (XSAVE, AMX), kernel/signal
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from checkpointd.errors import ImageDamaged, RestoreConflict
 from checkpointd.linux import capability as cap
@@ -101,17 +101,51 @@ def own_steps(stub: Stub, thread: ThreadState, tid: int, ours: Credentials) -> l
     steps.append(Step(Call(Nr.PRCTL, args_mce), "what memory errors do to it"))
     if thread.io_flusher and cap.has(ours.effective, cap.CAP_SYS_RESOURCE):
         steps.append(Step(Call(Nr.PRCTL, (prctl.PR_SET_IO_FLUSHER, 1, 0, 0, 0)), "IO flusher"))
+    steps += speculation_steps(thread.speculation)
     steps += own_pending_steps(stub, thread.pending, stub.pid, tid)
     steps += credential_steps(stub, thread.credentials, ours)
     steps += after_credential_steps(thread.credentials, thread.pdeath_signal)
     return steps
 
 
-def own_warnings(threads: Iterable[ThreadState], ours: Credentials) -> list[str]:
+def speculation_steps(wanted: Sequence[int]) -> list[Step]:
+    """From the speculation controls that a stub inherits from us to `wanted`, as far as this machine has them."""
+    return [
+        Step(
+            Call(Nr.PRCTL, (prctl.PR_SET_SPECULATION_CTRL, which, value & ~prctl.PR_SPEC_PRCTL, 0, 0)),
+            f"the speculation control of {prctl.SPECULATION[which]}",
+            # a kernel may refuse to leave more on than it does by itself
+            may_fail=bool(value & prctl.PR_SPEC_ENABLE),
+        )
+        for which, (value, ours) in enumerate(zip(wanted, prctl.own_speculation(), strict=False))
+        if _can_control(value, ours)
+    ]
+
+
+def _can_control(value: int, ours: int) -> bool:
+    is_ours_to_set = ours & prctl.PR_SPEC_PRCTL and not ours & prctl.PR_SPEC_FORCE_DISABLE
+    return value != ours and bool(value & prctl.PR_SPEC_PRCTL and is_ours_to_set)
+
+
+def _lost_controls(threads: Iterable[ThreadState]) -> list[str]:
+    ours = prctl.own_speculation()
+    lost = {
+        prctl.SPECULATION[which]
+        for thread in threads
+        for which, (value, own) in enumerate(zip(thread.speculation, ours, strict=False))
+        if value & prctl.PR_SPEC_PRCTL and value != own and not _can_control(value, own)
+        # a machine that offers no choice is what it asked for if it left all on
+        if own & prctl.PR_SPEC_PRCTL or not value & prctl.PR_SPEC_ENABLE
+    }
+    return [f"its speculation control of {one} cannot be given back here" for one in sorted(lost)]
+
+
+def own_warnings(threads: Sequence[ThreadState], ours: Credentials) -> list[str]:
     """What `own_steps` leaves out, for want of rights."""
+    found = _lost_controls(threads)
     if any(thread.io_flusher for thread in threads) and not cap.has(ours.effective, cap.CAP_SYS_RESOURCE):
-        return ["it is no IO flusher (PR_SET_IO_FLUSHER) any more: that needs CAP_SYS_RESOURCE"]
-    return []
+        found.append("it is no IO flusher (PR_SET_IO_FLUSHER) any more: that needs CAP_SYS_RESOURCE")
+    return found
 
 
 def tile_permission_steps(state: ProcessState) -> list[Step]:

@@ -103,6 +103,7 @@ class ThreadState:
         memory_policy: of set_mempolicy(2); None for the default.
         mce_kill: what a memory error does to it (PR_MCE_KILL_LATE 0, _EARLY 1, _DEFAULT 2).
         io_flusher: prctl(PR_SET_IO_FLUSHER).
+        speculation: PR_GET_SPECULATION_CTRL of store bypass, indirect branches, L1D flush.
     """
 
     tid: int
@@ -123,3 +124,4 @@ class ThreadState:
     memory_policy: MemoryPolicy | None = None
     mce_kill: int = 2
     io_flusher: bool = False
+    speculation: tuple[int, ...] = ()

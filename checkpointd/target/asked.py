@@ -10,7 +10,7 @@ import errno
 from dataclasses import dataclass
 
 from checkpointd.linux import prctl
-from checkpointd.linux.arch import ARCH_GET_XCOMP_PERM, MCL_FUTURE, MCL_ONFAULT, Nr
+from checkpointd.linux.arch import ARCH_GET_CPUID, ARCH_GET_XCOMP_PERM, MCL_FUTURE, MCL_ONFAULT, Nr
 from checkpointd.memory import PAGE_SIZE
 from checkpointd.state.process import SessionKeyring
 from checkpointd.target.keyrings import judge_keyrings, keyring_calls
@@ -53,16 +53,21 @@ def ask(remote: Remote) -> Asked:
             Call(Nr.ARCH_PRCTL, (ARCH_GET_XCOMP_PERM, xcomp_at)),
             Call(Nr.PRCTL, (prctl.PR_GET_MDWE, 0, 0, 0, 0)),
             Call(Nr.PRCTL, (prctl.PR_GET_TSC, tsc_at)),
+            Call(Nr.ARCH_PRCTL, (ARCH_GET_CPUID, 0)),
             Call(Nr.MADVISE, (subreaper_at & -PAGE_SIZE, PAGE_SIZE, _MADV_COLD)),
         ]
     )
-    brk, dumpable, subreaper, thp, merge, membarrier, xcomp, mdwe, tsc, cold = results[len(of_keyrings) :]
+    brk, dumpable, subreaper, thp, merge, membarrier, xcomp, mdwe, tsc, cpuid, cold = results[
+        len(of_keyrings) :
+    ]
     keyrings = judge_keyrings(remote, results[: len(of_keyrings)])
     blockers = []
     if mdwe > 0:
         blockers.append("it forbade itself memory that is written first and executed later (PR_SET_MDWE)")
     if tsc == 0 and int.from_bytes(remote.read(tsc_at, 4), "little") == 2:
         blockers.append("it forbade itself the time stamp counter (PR_SET_TSC)")
+    if cpuid == 0:
+        blockers.append("it forbade itself the cpuid instruction (ARCH_SET_CPUID)")
     return Asked(
         brk=brk,
         dumpable=max(0, dumpable),

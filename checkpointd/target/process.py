@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpointd.errors import CheckpointError, NotPermitted, Unsupported
-from checkpointd.linux import kcmp, prlimit, timer
+from checkpointd.linux import kcmp, prlimit, sched, timer
 from checkpointd.linux.arch import cpu_flags
 from checkpointd.memory import TASK_SIZE, Vma, VmaKind
 from checkpointd.procfs import maps, process
@@ -163,8 +163,10 @@ def _fill(draft: ProcessDraft, vmas: Sequence[Vma]) -> None:
         draft.warnings.append(
             f"it has {len(children)} child process(es) ({', '.join(map(str, children[:5]))}): they are not saved"
         )
-    if "Speculation_Store_Bypass" in status and "force" in status["Speculation_Store_Bypass"]:
-        draft.warnings.append("its speculation controls are not restored")
+    if any(sched.core_cookie(tid) for tid in draft.task_flags):
+        draft.warnings.append(
+            "it shares cores only with whom it chose (PR_SCHED_CORE), which is not restored"
+        )
 
 
 def _has_ns(kind: str) -> bool:

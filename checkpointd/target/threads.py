@@ -135,6 +135,7 @@ def capture_threads(
     memory = memory if memory is not None else SleepMemory()
     memory.keep_only(frozen.threads)
     warnings: list[str] = []
+    controls: dict[tuple[str | None, ...], tuple[int, ...]] = {}
     order = sorted(frozen.threads, key=lambda tid: (tid != frozen.pid, tid))
     states: list[ThreadState] = []
     answers_at = remote.alloc(_ANSWERS_BYTES)
@@ -143,7 +144,18 @@ def capture_threads(
         call = (sleep_calls or {}).get(tid)
         asks = with_policies or leader is None or leader.memory_policy is not None
         states.append(
-            _capture(frozen, remote, frozen.threads[tid], memory, call, leader, asks, answers_at, warnings)
+            _capture(
+                frozen,
+                remote,
+                frozen.threads[tid],
+                memory,
+                call,
+                leader,
+                asks,
+                controls,
+                answers_at,
+                warnings,
+            )
         )
         flags = (task_flags or {}).get(tid)
         if flags is None:  # it was born after the look
@@ -172,10 +184,16 @@ def _capture(
     sleep_call: int | None,
     leader: ThreadState | None,
     asks_policy: bool,
+    controls: dict[tuple[str | None, ...], tuple[int, ...]],
     answers_at: int,
     warnings: list[str],
 ) -> ThreadState:
-    """One thread.  `leader` is None for the leader itself."""
+    """One thread.
+
+    Args:
+        leader: None for the leader itself.
+        controls: speculation controls by what status shows of them; brought up to date.
+    """
     tid = thread.tid
     status = _read_status(frozen.pid, tid)
     calls = [
@@ -191,12 +209,21 @@ def _capture(
     if asks_policy:
         where = (answers_at + _MODE_AT, answers_at + _NODES_AT, mempolicy.NR_MASK_BITS, 0, 0)
         calls.append(Call(Nr.GET_MEMPOLICY, where))
+    shown = (status.get("Speculation_Store_Bypass"), status.get("SpeculationIndirectBranch"))
+    nr_before = len(calls)
+    if shown not in controls:
+        calls += [
+            Call(Nr.PRCTL, (prctl.PR_GET_SPECULATION_CTRL, which, 0, 0, 0))
+            for which in range(len(prctl.SPECULATION))
+        ]
     results = remote.batch(calls, tid=tid)
+    if shown not in controls:
+        controls[shown] = tuple(max(0, result) for result in results[nr_before:])
     if asks_bits:
         credentials = dataclasses.replace(credentials, securebits=max(0, results[3]))
     answers = remote.read(answers_at, _ANSWERS_BYTES)
     policy = None
-    if asks_policy and results[-1] == 0:
+    if asks_policy and results[nr_before - 1] == 0:
         policy = mempolicy.unpack_policy(_word(answers, _MODE_AT, 4), answers[_NODES_AT:])
     address, flags, size_bytes = sig.unpack_stack(answers)
     xstate = ptrace.get_regset(tid, ptrace.NT_X86_XSTATE)
@@ -218,6 +245,7 @@ def _capture(
         pending=tuple(ptrace.peek_siginfo(tid, shared=False)) if int(status["SigPnd"], 16) else (),
         sleep=_sleep_of(frozen, thread, memory, sleep_call, warnings),
         memory_policy=policy,
+        speculation=controls[shown],
     )
 
 
@@ -226,7 +254,9 @@ def _word(data: bytes, at: int, size: int) -> int:
 
 
 _WANTED = re.compile(
-    rb"^(Name|Uid|Gid|Groups|SigPnd|CapInh|CapPrm|CapEff|CapBnd|CapAmb|NoNewPrivs):[ \t]*(.*)$", re.MULTILINE
+    rb"^(Name|Uid|Gid|Groups|SigPnd|CapInh|CapPrm|CapEff|CapBnd|CapAmb|NoNewPrivs"
+    rb"|Speculation_Store_Bypass|SpeculationIndirectBranch):[ \t]*(.*)$",
+    re.MULTILINE,
 )
 
 

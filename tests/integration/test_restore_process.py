@@ -637,3 +637,10 @@ def test_user_without_capabilities_restores_with_new_ids(tmp_path: Path) -> None
     answer = json.loads(done.stdout)
     assert "CAP_CHECKPOINT_RESTORE" in answer["refused"]
     assert any("/proc/PID/exe" in warning for warning in answer["warnings"])
+
+
+def test_core_scheduling_is_told(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [one for one in prepare_process(program.pid).warnings if "PR_SCHED_CORE" in one]
+    last = max(int(tid) for tid in os.listdir(f"/proc/{program.pid}/task"))
+    monkeypatch.setattr("checkpointd.linux.sched.core_cookie", lambda tid: 7 * (tid == last))
+    assert [one for one in prepare_process(program.pid).warnings if "PR_SCHED_CORE" in one]
