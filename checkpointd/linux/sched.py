@@ -12,14 +12,18 @@ from typing import NamedTuple
 from checkpointd.linux._libc import syscall
 from checkpointd.linux.arch import Nr
 
-_LAYOUT = struct.Struct("=IIQiIQQQ")  # struct sched_attr up to sched_period, 48 bytes
+_LAYOUT = struct.Struct("=IIQiIQQQII")  # struct sched_attr, 56 bytes
+_KEEP_ALL, _UTIL_CLAMP = 0x08 | 0x10, 0x20 | 0x40
 _IOPRIO_WHO_PROCESS = 1
 SCHED_DEADLINE = 6
 _PR_SCHED_CORE, _PR_SCHED_CORE_GET = 62, 0
 
 
 class SchedAttr(NamedTuple):
-    """struct sched_attr without its size and utilisation hints."""
+    """struct sched_attr without its size.
+
+    The clamps of utilisation are 0 to 1024, and both 0 where the kernel has none (CONFIG_UCLAMP_TASK).
+    """
 
     policy: int
     flags: int
@@ -28,6 +32,8 @@ class SchedAttr(NamedTuple):
     runtime_ns: int
     deadline_ns: int
     period_ns: int
+    util_min: int
+    util_max: int
 
 
 def get_attr(tid: int) -> SchedAttr:
@@ -37,6 +43,13 @@ def get_attr(tid: int) -> SchedAttr:
 
 
 def set_attr(tid: int, attr: SchedAttr) -> None:
+    """All but the clamps of utilisation, which stay as they are."""
+    syscall(Nr.SCHED_SETATTR, tid, _LAYOUT.pack(_LAYOUT.size, *attr), 0, name="sched_setattr")
+
+
+def set_clamps(tid: int, util_min: int, util_max: int) -> None:
+    """Nothing but the clamps.  EOPNOTSUPP without CONFIG_UCLAMP_TASK."""
+    attr = SchedAttr(0, _KEEP_ALL | _UTIL_CLAMP, 0, 0, 0, 0, 0, util_min, util_max)
     syscall(Nr.SCHED_SETATTR, tid, _LAYOUT.pack(_LAYOUT.size, *attr), 0, name="sched_setattr")
 
 

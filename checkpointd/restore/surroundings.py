@@ -21,6 +21,8 @@ from checkpointd.state.threads import Scheduling
 from checkpointd.target.remote import Call
 
 _EPERM = 1
+# what a kernel without clamps shows; and what one with them shows of threads that never asked
+_NO_CLAMPS, _FREE_CLAMPS, _REAL_TIME_CLAMPS = (0, 0), (0, 1024), (1024, 1024)
 
 
 def set_program(stub: Stub, layout: MemoryLayout, exe_fd: int | None, warnings: list[str]) -> None:
@@ -141,11 +143,15 @@ def schedule(tid: int, wanted: Scheduling, warnings: list[str]) -> None:
             os.sched_setaffinity(tid, everywhere)
         attr = sched.SchedAttr(
             wanted.policy, wanted.flags, wanted.nice, wanted.priority,
-            wanted.runtime_ns, wanted.deadline_ns, wanted.period_ns,
+            wanted.runtime_ns, wanted.deadline_ns, wanted.period_ns, 0, 0,
         )  # fmt: skip
-        if sched.get_attr(tid) != attr:
+        if sched.get_attr(tid)[:7] != attr[:7]:
             sched.set_attr(tid, attr)
         if sched.get_ioprio(tid) != wanted.ioprio:
             sched.set_ioprio(tid, wanted.ioprio)
+        now = sched.get_attr(tid)[7:]
+        unsaid = (_FREE_CLAMPS, _REAL_TIME_CLAMPS) if now == _NO_CLAMPS else (now,)
+        if wanted.clamps is not None and wanted.clamps not in (_NO_CLAMPS, *unsaid):
+            sched.set_clamps(tid, *wanted.clamps)
     except OSError as error:
         warnings.append(f"thread {tid}: its scheduling could not be given back: {error}")

@@ -55,7 +55,8 @@ class Credentials:
 class Scheduling:
     """sched_setattr(2), affinity, I/O priority and timer slack of a thread.
 
-    `cpus` are those it may run on; empty means all there were.
+    `cpus` are those it may run on; empty means all there were.  `clamps` are the least and the most of a CPU that it is
+    taken to use (0 to 1024); None where they were not kept, both 0 where the kernel had none.
     """
 
     policy: int
@@ -68,6 +69,7 @@ class Scheduling:
     cpus: tuple[int, ...]
     ioprio: int
     timerslack_ns: int
+    clamps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -311,10 +311,11 @@ def read_scheduling(tid: int) -> Scheduling:
     except (OSError, ValueError):  # needs CAP_SYS_NICE for another user's process
         slack = 0
     return Scheduling(
-        *attr,
+        *attr[:7],
         cpus=() if len(cpus) >= _nr_cpus() else tuple(sorted(cpus)),
         ioprio=sched.get_ioprio(tid),
         timerslack_ns=slack,
+        clamps=(attr.util_min, attr.util_max),
     )
 
 

@@ -958,11 +958,17 @@ static void group_policies(const char *how) {
 
 // ---------------------------------------------------------------- switches: what prctl(2) keeps for each thread
 static void switches(char *out) {
-    sprintf(out, "mce %d", prctl(PR_MCE_KILL_GET, 0, 0, 0, 0));
+    int death = -1, tsc = -1;
+    prctl(PR_GET_PDEATHSIG, &death);
+    prctl(PR_GET_TSC, &tsc);
+    sprintf(out, "mce %d slack %d death %d tsc %d merge %d", prctl(PR_MCE_KILL_GET, 0, 0, 0, 0), prctl(PR_GET_TIMERSLACK), death, tsc,
+            prctl(68, 0, 0, 0, 0));  // PR_GET_MEMORY_MERGE
 }
 static void *switches_main(void *arg) {
-    char before[99], after[99];
+    char before[199], after[199];
     prctl(PR_MCE_KILL, PR_MCE_KILL_SET, (long)arg, 0, 0);
+    prctl(PR_SET_TIMERSLACK, 60000 + (long)arg);
+    prctl(PR_SET_PDEATHSIG, SIGWINCH * ((long)arg == 1));
     switches(before);
     atomic_fetch_add(&nr_ready, 1);
     wait_go();
@@ -972,9 +978,10 @@ static void *switches_main(void *arg) {
 }
 static void group_switches(void) {
     pthread_t t[3];
-    char before[99], after[99];
-    for (long i = 0; i < 3; i++) pthread_create(&t[i], 0, switches_main, (void *)i);
+    char before[199], after[199];
+    prctl(67, 1, 0, 0, 0);  // PR_SET_MEMORY_MERGE
     prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0);
+    for (long i = 0; i < 3; i++) pthread_create(&t[i], 0, switches_main, (void *)i);
     switches(before);
     all_ready(3);
     switches(after);
