@@ -248,6 +248,11 @@ def _keys() -> bool:
     return _syscall(250, 0, -4, 0) > 0
 
 
+def _landlock() -> bool:
+    """landlock_create_ruleset(LANDLOCK_CREATE_RULESET_VERSION)."""
+    return _syscall(444, 0, 0, 1) > 0
+
+
 def _program(*names: str) -> Callable[[], bool]:
     return lambda: all(
         shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") for name in names
@@ -271,6 +276,7 @@ ABILITIES: dict[str, Callable[[], bool]] = {
     "ksm": lambda: Path("/sys/kernel/mm/ksm/run").exists(),
     "set_tid": _set_tid,
     "keys": _keys,
+    "landlock": _landlock,
     "io_uring": _io_uring,
     "hugetlb": _hugetlb,
     "guard": _guard,

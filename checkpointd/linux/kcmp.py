@@ -10,14 +10,14 @@ import struct
 
 from checkpointd.linux._libc import syscall
 
-_NR_KCMP = 312
+NR_KCMP = 312
 KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS = 0, 1, 2, 3
 KCMP_SYSVSEM = 6
 KCMP_EPOLL_TFD = 7
 
 
 def _kcmp(pid: int, kind: int, index1: int, index2: int | bytes, *, other: int | None = None) -> int:
-    return syscall(_NR_KCMP, pid, pid if other is None else other, kind, index1, index2, name="kcmp")
+    return syscall(NR_KCMP, pid, pid if other is None else other, kind, index1, index2, name="kcmp")
 
 
 def shares_files(pid: int, tid: int) -> bool:

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """State out: what only the process itself can tell, asked in one batch of calls.
 
-Source: prctl(2), membarrier(2), mlockall(2), madvise(2), kernel sources as cited.
+Source: prctl(2), membarrier(2), mlockall(2), madvise(2), landlock(7), kernel sources as cited.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass
 
-from checkpointd.linux import prctl
+from checkpointd.linux import capability as cap
+from checkpointd.linux import kcmp, prctl
 from checkpointd.linux.arch import ARCH_GET_CPUID, ARCH_GET_XCOMP_PERM, MCL_FUTURE, MCL_ONFAULT, Nr
 from checkpointd.memory import PAGE_SIZE
 from checkpointd.state.process import SessionKeyring
+from checkpointd.state.threads import Credentials
 from checkpointd.target.keyrings import judge_keyrings, keyring_calls
 from checkpointd.target.remote import Call, Remote, Result
 
@@ -23,7 +26,11 @@ _PROT_READ, _MAP_PRIVATE_ANON = 1, 0x22
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What only the process itself can tell."""
+    """What only the process itself can tell.
+
+    Attributes:
+        look_at_us: 0 if it may examine us as a debugger does (kcmp(2)), -errno if not.
+    """
 
     brk: int
     dumpable: int
@@ -34,6 +41,7 @@ class Asked:
     xcomp_permitted: int
     lock_future: int
     session_keyring: SessionKeyring | None
+    look_at_us: int
     blockers: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -54,10 +62,11 @@ def ask(remote: Remote) -> Asked:
             Call(Nr.PRCTL, (prctl.PR_GET_MDWE, 0, 0, 0, 0)),
             Call(Nr.PRCTL, (prctl.PR_GET_TSC, tsc_at)),
             Call(Nr.ARCH_PRCTL, (ARCH_GET_CPUID, 0)),
+            Call(kcmp.NR_KCMP, (os.getpid(), os.getpid(), kcmp.KCMP_VM, 0, 0)),
             Call(Nr.MADVISE, (subreaper_at & -PAGE_SIZE, PAGE_SIZE, _MADV_COLD)),
         ]
     )
-    brk, dumpable, subreaper, thp, merge, membarrier, xcomp, mdwe, tsc, cpuid, cold = results[
+    brk, dumpable, subreaper, thp, merge, membarrier, xcomp, mdwe, tsc, cpuid, look, cold = results[
         len(of_keyrings) :
     ]
     keyrings = judge_keyrings(remote, results[: len(of_keyrings)])
@@ -78,9 +87,33 @@ def ask(remote: Remote) -> Asked:
         xcomp_permitted=int.from_bytes(remote.read(xcomp_at, 8), "little") if xcomp == 0 else 0,
         lock_future=_lock_future(remote) if cold == -errno.EINVAL else 0,
         session_keyring=keyrings.session,
+        look_at_us=look,
         blockers=tuple(blockers),
         warnings=keyrings.warnings,
     )
+
+
+def landlock_warnings(credentials: Credentials, look_at_us: int) -> list[str]:
+    """No file shows a Landlock domain, but whoever is in one may examine none outside of it, whatever his rights.
+
+    Args:
+        credentials: of the main thread, whose domain is looked for.
+        look_at_us: of `Asked`.
+
+    Source: Linux security/landlock/task.c (hook_ptrace_access_check).
+    """
+    if look_at_us >= 0:
+        return []  # of a domain that we are in too it loses nothing
+    if look_at_us == -errno.EPERM and cap.has(credentials.effective, cap.CAP_SYS_PTRACE):
+        return [
+            "it is in a Landlock domain, or confined otherwise, as it may not examine other processes in spite of "
+            "CAP_SYS_PTRACE: it comes back without"
+        ]
+    if credentials.no_new_privs:
+        return [
+            "it has no_new_privs: should it be in a Landlock domain, which nothing shows, it comes back without"
+        ]
+    return []
 
 
 def _lock_future(remote: Remote) -> int:

@@ -27,7 +27,7 @@ from checkpointd.memory import TASK_SIZE, Vma, VmaKind
 from checkpointd.procfs import maps, process
 from checkpointd.state.memory import FileIdentity
 from checkpointd.state.process import Cpu, Host, Limit, MemoryLayout, ProcessState
-from checkpointd.target.asked import ask
+from checkpointd.target.asked import ask, landlock_warnings
 from checkpointd.target.attachable import check_attachable, gone
 from checkpointd.target.freeze import Frozen
 from checkpointd.target.policies import NO_POLICIES, Policies, prepare_policies
@@ -135,10 +135,6 @@ def _fill(draft: ProcessDraft, vmas: Sequence[Vma]) -> None:
     if draft.exe_deleted:
         draft.warnings.append(
             f"its program file {draft.exe.path} was deleted: /proc/PID/exe will not be restored"
-        )
-    if status.get("NoNewPrivs") == "1":
-        draft.warnings.append(
-            "it has no_new_privs: should it be in a Landlock domain, which nothing shows, it comes back without"
         )
     if draft.namespaces.get("ipc") == os.readlink("/proc/self/ns/ipc"):
         draft.warnings += undo_warnings(pid)
@@ -351,6 +347,7 @@ def capture_process(
         signals = capture_signals(frozen, remote)
         if len(threads) > 1 and any(one.clock == timer.THREAD_CLOCK for one in signals.posix_timers):
             warnings.append("its timers on the CPU time of a thread will count the main thread's")
+        warnings += landlock_warnings(threads[0].credentials, asked.look_at_us)
         return ProcessState(
             pid=pid,
             ppid=stat.ppid,

@@ -68,15 +68,41 @@ def test_a_thread_in_a_namespace_of_its_own_is_a_blocker() -> None:
     assert any("different uts namespaces" in one for one in blockers_of(code))
 
 
-@pytest.mark.parametrize("no_new_privs", [False, True])
-def test_what_nothing_shows_is_warned_of_where_it_may_be(*, no_new_privs: bool) -> None:
-    """Who lacks CAP_SYS_ADMIN needs no_new_privs to enter a Landlock domain."""
-    code = f"import ctypes; ctypes.CDLL(None).prctl(38, {int(no_new_privs)}, 0, 0, 0)"
-    with child_that_ran(code) as pid:
-        has_it = process.read_status(pid)["NoNewPrivs"] == "1"  # it may have been inherited
+NO_NEW_PRIVS = "libc.prctl(38, 1, 0, 0, 0)"
+NOBODY = "libc.setresuid(65534, 65534, 65534)"
+
+
+def landlock_warnings_of(*calls: str) -> list[str]:
+    with child_that_ran("\n".join(["import ctypes, struct", "libc = ctypes.CDLL(None)", *calls])) as pid:
+        has_it = process.read_status(pid)["NoNewPrivs"] == "1"
         warnings = capture(pid, with_files=False).state.process.warnings
-    assert any("Landlock" in warning for warning in warnings) is has_it
-    assert has_it or not no_new_privs
+    assert has_it or NO_NEW_PRIVS not in calls
+    return [warning for warning in warnings if "Landlock" in warning]
+
+
+@pytest.mark.parametrize("calls", [(), (NO_NEW_PRIVS,), (NOBODY,)])
+def test_who_may_examine_others_is_in_no_landlock_domain(calls: tuple[str, ...]) -> None:
+    if process.read_status(os.getpid())["NoNewPrivs"] == "1" and NOBODY in calls:
+        pytest.skip("it would inherit no_new_privs, and then nobody can tell")
+    assert landlock_warnings_of(*calls) == []
+
+
+def test_where_nothing_shows_a_landlock_domain_it_is_warned_of_in_doubt() -> None:
+    """Who lacks CAP_SYS_ADMIN needs no_new_privs to enter one."""
+    (warning,) = landlock_warnings_of(NO_NEW_PRIVS, NOBODY)
+    assert "no_new_privs" in warning
+
+
+@pytest.mark.needs("landlock")
+@pytest.mark.parametrize("before", [(), (NO_NEW_PRIVS,)])
+def test_landlock_domain_is_told_by_what_it_forbids(before: tuple[str, ...]) -> None:
+    (warning,) = landlock_warnings_of(
+        *before,
+        "rules = libc.syscall(444, struct.pack('=Q', 1 << 11), 8, 0)",  # LANDLOCK_ACCESS_FS_MAKE_BLOCK
+        "assert libc.syscall(446, rules, 0) == 0",
+        "import os; os.close(rules)",
+    )
+    assert "is in a Landlock domain" in warning
 
 
 def test_secret_memory_is_a_blocker() -> None:
