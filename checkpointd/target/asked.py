@@ -128,9 +128,12 @@ def _lock_future(remote: Remote) -> int:
         [
             Call(Nr.MMAP, (0, PAGE_SIZE, _PROT_READ, _MAP_PRIVATE_ANON, -1, 0)),
             Call(Nr.MINCORE, (Result(0), PAGE_SIZE, answer_at)),
-            Call(Nr.MUNMAP, (Result(0), PAGE_SIZE)),
         ],
         undo=[Call(Nr.MUNMAP, (Result(0), PAGE_SIZE))],
     )
+    if results[0] < 0:  # beyond RLIMIT_MEMLOCK; rather locked too early than too late
+        return MCL_FUTURE
     is_filled = results[1] == 0 and remote.read(answer_at, 1)[0] & 1
+    # apart from the first batch, whose undo would unmap a second time what another thread may have mapped there since
+    remote.batch([Call(Nr.MUNMAP, (results[0], PAGE_SIZE))])
     return MCL_FUTURE if is_filled else MCL_FUTURE | MCL_ONFAULT

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 import pytest
 
 from checkpointd.linux import prctl
-from checkpointd.linux.arch import ARCH_GET_CPUID, Nr
+from checkpointd.linux.arch import ARCH_GET_CPUID, MCL_FUTURE, MCL_ONFAULT, Nr
 from checkpointd.restore.threads import own_steps, own_warnings
 from checkpointd.target.asked import ask
-from checkpointd.target.remote import Call
+from checkpointd.target.remote import Call, Result
 from tests.unit.test_process_state import Scratch, thread
 
 ENOKEY = 126
@@ -23,9 +24,23 @@ class Answering(Scratch):
     def __init__(self, answers: dict[tuple[int, int], int]) -> None:
         super().__init__()
         self.answers = answers
+        self.in_core = 0
+        self.batches: list[tuple[list[int], list[int]]] = []
 
-    def batch(self, calls: Sequence[Call], *, undo: object = (), tid: int | None = None) -> list[int]:  # type: ignore[override]
-        return [self.answers.get((int(call.nr), int(call.args[0])), 1) for call in calls]  # type: ignore[arg-type]
+    def batch(self, calls: Sequence[Call], *, undo: Sequence[Call] = (), tid: int | None = None) -> list[int]:  # type: ignore[override]
+        self.batches.append(([call.nr for call in calls], [call.nr for call in undo]))
+        for call in calls:
+            if call.nr == Nr.MINCORE:
+                self.memory[int(call.args[2])] = bytes([self.in_core])  # type: ignore[arg-type]
+        return [self.answers.get(_key(call), 1) for call in calls]
+
+
+def _key(call: Call) -> tuple[int, int]:
+    """Advice is for the page of whatever was put in scratch."""
+    first = call.args[0]
+    if isinstance(first, Result):
+        return int(call.nr), -1
+    return int(call.nr), 0 if call.nr == Nr.MADVISE else first
 
 
 @pytest.mark.parametrize(("cpuid", "refused"), [(0, True), (1, False), (-22, False)])
@@ -37,6 +52,27 @@ def test_forbidden_cpuid_is_refused(cpuid: int, refused: bool) -> None:
     }
     found = ask(Answering(answers)).blockers  # type: ignore[arg-type]
     assert ["cpuid" in one for one in found] == ([True] if refused else [])
+
+
+@pytest.mark.parametrize(
+    ("mapped", "in_core", "flags"),
+    [(0x7000, 0, MCL_FUTURE | MCL_ONFAULT), (0x7000, 1, MCL_FUTURE), (-11, 0, MCL_FUTURE)],
+)
+def test_page_mapped_to_ask_is_unmapped_once(mapped: int, in_core: int, flags: int) -> None:
+    """What is undone if we die must not be in the same batch: another thread may have mapped something there since."""
+    process = Answering(
+        {
+            (Nr.MMAP, 0): mapped,
+            (Nr.MADVISE, 0): -errno.EINVAL,
+            (Nr.MINCORE, -1): 0,
+            (Nr.KEYCTL, 0): -ENOKEY,
+        }
+    )
+    process.in_core = in_core
+    assert ask(process).lock_future == flags  # type: ignore[arg-type]
+    for work, undo in process.batches:
+        assert not (Nr.MUNMAP in work and Nr.MUNMAP in undo)
+    assert sum(Nr.MUNMAP in work for work, _ in process.batches) == (mapped > 0)
 
 
 DEFAULT, OFF, FORCED = 3, 5, 9  # with PR_SPEC_PRCTL
