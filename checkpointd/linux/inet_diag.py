@@ -17,18 +17,15 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from checkpointd.linux import socket as sockets
+from checkpointd.linux.sock_diag import SockDiag
+from checkpointd.linux.socket import TCP_LISTEN
 
 TCP_MD5SIG_EXT = 32
-_SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST, _NLM_F_DUMP, _NLMSG_ERROR, _NLMSG_DONE = 1, 0x300, 2, 3
 _MD5SIG = 18  # INET_DIAG_MD5SIG, which comes with INET_DIAG_INFO
 _ASK_FOR_INFO = 1 << (2 - 1)
 _MD5SIG_FLAG_PREFIX = 1
-_STATES = 1 << sockets.TCP_LISTEN
+_STATES = 1 << TCP_LISTEN
 _NO_COOKIE = b"\xff" * 8
-# struct nlmsghdr: len, type, flags, seq, pid
-_HEADER = struct.Struct("=IHHII")
 # struct inet_diag_req_v2: family, protocol, ext, pad, states, struct inet_diag_sockid
 _REQUEST = struct.Struct("=BBBxI48s")
 # struct inet_diag_sockid: source port, destination port (network order), source, destination, interface, cookie
@@ -96,16 +93,8 @@ def _keys(value: bytes) -> Iterator[Md5Key]:
         )
 
 
-class ListenerDiag:
+class ListenerDiag(SockDiag):
     """Asks the kernel about TCP listeners of our network namespace."""
-
-    def __init__(self) -> None:
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, sockets.NETLINK_SOCK_DIAG
-        )
-
-    def close(self) -> None:
-        self._socket.close()
 
     def md5_keys(self, family: int, host: str, port: int, inode: int) -> tuple[Md5Key, ...]:
         """Keys of the listener with this inode at that address.
@@ -113,38 +102,23 @@ class ListenerDiag:
         Raises:
             OSError: ENOENT, there is none, or the kernel does not tell.
         """
-        source = socket.inet_pton(family, host)
+        request = _request(family, port, socket.inet_pton(family, host))
         try:
             # by its address: one of several that share it, or one of an interface, may not be the one
-            self._send(_NLM_F_REQUEST, family, port, source)
-            found = next(self._answers())
+            self._send(request, every=False)
+            found = parse_inet_diag(next(self._answers()))
             if found.inode == inode:
                 return found.md5_keys
         except FileNotFoundError:
             pass
-        self._send(_NLM_F_REQUEST | _NLM_F_DUMP, family, port, source)
-        for found in list(self._answers()):
+        self._send(request, every=True)
+        for answer in list(self._answers()):
+            found = parse_inet_diag(answer)
             if found.inode == inode:
                 return found.md5_keys
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
-    def _send(self, flags: int, family: int, port: int, source: bytes) -> None:
-        sockid = _SOCKID.pack(struct.pack("!H", port), source) + bytes(4) + _NO_COOKIE
-        request = _REQUEST.pack(family, socket.IPPROTO_TCP, _ASK_FOR_INFO, _STATES, sockid)
-        header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, flags, 1, 0)
-        self._socket.send(header + request)
 
-    def _answers(self) -> Iterator[ListenerInfo]:
-        while True:
-            answer = self._socket.recv(1 << 17)
-            at = 0
-            while at + _HEADER.size <= len(answer):
-                size, kind, *_ = _HEADER.unpack_from(answer, at)
-                body = answer[at + _HEADER.size : at + size]
-                if kind == _NLMSG_DONE:
-                    return
-                if kind == _NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", body)[0] or errno.EIO
-                    raise OSError(code, os.strerror(code))
-                yield parse_inet_diag(body)
-                at += max((size + 3) & ~3, _HEADER.size)
+def _request(family: int, port: int, source: bytes) -> bytes:
+    sockid = _SOCKID.pack(struct.pack("!H", port), source) + bytes(4) + _NO_COOKIE
+    return _REQUEST.pack(family, socket.IPPROTO_TCP, _ASK_FOR_INFO, _STATES, sockid)

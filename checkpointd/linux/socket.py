@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 import socket
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from checkpointd.linux._libc import address_of, syscall
+from checkpointd.linux.sock_diag import SockDiag
 
-NETLINK_SOCK_DIAG = 4
 SOL_NETLINK = 270
 NETLINK_LIST_MEMBERSHIPS = 9
 NETLINK_ADD_MEMBERSHIP = 1
@@ -34,12 +32,8 @@ SO_BUF_LOCK = 72  # since Linux 5.15: which of SO_SNDBUF (1) and SO_RCVBUF (2) t
 TCP_ESTABLISHED, TCP_SYN_SENT, TCP_CLOSE, TCP_LISTEN = 1, 2, 7, 10
 
 _NR_SETSOCKOPT, _NR_GETSOCKOPT = 54, 55
-_SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST, _NLM_F_DUMP, _NLMSG_ERROR, _NLMSG_DONE = 1, 0x300, 2, 3
 # UDIAG_SHOW_NAME, _VFS, _PEER, _RQLEN (bits 0, 1, 2, 4); the shutdown attribute always comes
 _SHOW = 0x01 | 0x02 | 0x04 | 0x10
-# struct nlmsghdr: len, type, flags, seq, pid
-_HEADER = struct.Struct("=IHHII")
 # struct unix_diag_req: family, protocol, pad, states, ino, show, cookie[2]
 _REQUEST = struct.Struct("=BBHIII2I")
 # struct unix_diag_msg: family, type, state, pad, ino, cookie[2]
@@ -160,53 +154,23 @@ def parse_unix_diag(message: bytes) -> UnixInfo:
     return UnixInfo(inode, kind, state, name, file, peer, queues[0], queues[1], shutdown)
 
 
-class UnixDiag:
+class UnixDiag(SockDiag):
     """Asks the kernel about UNIX sockets of our network namespace, one at a time (about 5 us each)."""
-
-    def __init__(self) -> None:
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG
-        )
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def __enter__(self) -> UnixDiag:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def query(self, inode: int) -> UnixInfo:
         """The socket with this inode; ENOENT when there is none."""
-        self._send(inode, _NLM_F_REQUEST)
-        return next(self._answers())
+        self._send(_request(inode), every=False)
+        return parse_unix_diag(next(self._answers()))
 
     def dump(self) -> list[UnixInfo]:
         """All UNIX sockets."""
-        self._send(0, _NLM_F_REQUEST | _NLM_F_DUMP)
-        return list(self._answers())
+        self._send(_request(0), every=True)
+        return [parse_unix_diag(answer) for answer in self._answers()]
 
-    def _send(self, inode: int, flags: int) -> None:
-        every = 0xFFFF_FFFF
-        request = _REQUEST.pack(socket.AF_UNIX, 0, 0, every, inode, _SHOW, every, every)
-        header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, flags, 1, 0)
-        self._socket.send(header + request)
 
-    def _answers(self) -> Iterator[UnixInfo]:
-        while True:
-            answer = self._socket.recv(1 << 17)
-            at = 0
-            while at + _HEADER.size <= len(answer):
-                size, kind, *_ = _HEADER.unpack_from(answer, at)
-                body = answer[at + _HEADER.size : at + size]
-                if kind == _NLMSG_DONE:
-                    return
-                if kind == _NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", body)[0] or errno.EIO
-                    raise OSError(code, os.strerror(code))
-                yield parse_unix_diag(body)
-                at += max((size + 3) & ~3, _HEADER.size)
+def _request(inode: int) -> bytes:
+    every = 0xFFFF_FFFF
+    return _REQUEST.pack(socket.AF_UNIX, 0, 0, every, inode, _SHOW, every, every)
 
 
 def classic_filter(fd: int) -> bytes:
