@@ -43,12 +43,14 @@ _NAME, _VFS, _PEER, _RQLEN, _SHUTDOWN = 0, 1, 2, 4, 6
 
 @dataclass(frozen=True, slots=True)
 class TcpInfo:
-    """Of struct tcp_info: the state; for a listener the connections waiting and the backlog; segments sent."""
+    """Of struct tcp_info: the state; for a listener the connections waiting and the backlog; segments sent and the size
+    of one."""
 
     state: int
     pending: int
     backlog: int
     segments_out: int
+    segment_bytes: int = 0
 
 
 def parse_tcp_info(raw: bytes) -> TcpInfo:
@@ -58,7 +60,7 @@ def parse_tcp_info(raw: bytes) -> TcpInfo:
         raise ValueError("struct tcp_info is cut short")
     unacked, sacked = struct.unpack_from("=2I", raw, 24)
     segments = struct.unpack_from("=I", raw, 136)[0] if len(raw) >= 140 else 0
-    return TcpInfo(raw[0], unacked, sacked, segments)
+    return TcpInfo(raw[0], unacked, sacked, segments, struct.unpack_from("=I", raw, 16)[0])
 
 
 def tcp_info(sock: socket.socket) -> TcpInfo:

@@ -70,6 +70,7 @@ class Maker:
         after_watches: what must wait until the target has its watches.
         own_sockets: has the process make its pairs; None while only looking.
         told_credentials: it was told that those of a socket's peer are others now.
+        told_names: of UNIX listeners whose connections come back without; it was told.
     """
 
     state: FilesState
@@ -85,6 +86,7 @@ class Maker:
     current: int = 0
     own_sockets: OwnSockets | None = None
     told_credentials: bool = False
+    told_names: set[bytes] = field(default_factory=set)
     _holders: dict[str, Holder] | None = None
     _numbers: dict[int, list[state_of.Descriptor]] | None = None
     _listeners: dict[tuple[int, bytes], UnixSocket] | None = None

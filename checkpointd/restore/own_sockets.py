@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from checkpointd.errors import RestoreConflict
 from checkpointd.linux import fcntl as fdcalls
 from checkpointd.linux import prctl
 from checkpointd.linux.arch import Nr
@@ -43,6 +44,7 @@ class OwnSockets:
         self._remote = remote
         self._ids: tuple[int, int] | None = None
         self._listeners: dict[tuple[int, bytes], tuple[int, socket.socket, bytes]] = {}
+        self._not_had: dict[tuple[int, bytes], OSError | RestoreConflict] = {}
         self.refused = ""
         self.afterwards: list[Callable[[], None]] = []
 
@@ -86,10 +88,17 @@ class OwnSockets:
 
         Raises:
             OSError: the name cannot be connected to.
+            OSError, RestoreConflict: what `bind` raised, for this connection or for another one of that name.
         """
         self._remote.reset()
+        if (kind, name) in self._not_had:
+            raise self._not_had[kind, name]
         if (kind, name) not in self._listeners:
-            self._listeners[kind, name] = self._listener(kind, bind)
+            try:
+                self._listeners[kind, name] = self._listener(kind, bind)
+            except (OSError, RestoreConflict) as error:
+                self._not_had[kind, name] = error
+                raise
         listener, ours, address = self._listeners[kind, name]
         (client,) = self._remote.batch([_new_socket(kind)])
         try:
@@ -131,12 +140,16 @@ class OwnSockets:
 
     def close_listeners(self) -> None:
         """All connections are made: give the names back to those whose they are."""
-        while self._listeners:
-            _, (listener, ours, _) = self._listeners.popitem()
-            ours.close()
-            self._close(listener)
-        while self.afterwards:
-            self.afterwards.pop()()
+        theirs = []
+        try:
+            while self._listeners:
+                _, (listener, ours, _) = self._listeners.popitem()
+                ours.close()
+                theirs.append(listener)
+            self._close(*theirs)
+        finally:  # whatever became of the process
+            while self.afterwards:
+                self.afterwards.pop()()
 
     def _accept(self, listener: socket.socket) -> socket.socket:
         """The first connection of the process; others had found the name before."""
@@ -163,6 +176,9 @@ class OwnSockets:
         there = [
             Call(Nr.SETRESGID, (_KEEP, who.gid, _KEEP)),
             Call(Nr.SETRESUID, (_KEEP, who.uid, _KEEP)),
+            # SO_PEERCRED tells the effective ids; names are looked for with those of files, which stay its own
+            Call(Nr.SETFSGID, (gid,)),
+            Call(Nr.SETFSUID, (uid,)),
         ]
         back = [Call(Nr.SETRESUID, (_KEEP, uid, _KEEP)), Call(Nr.SETRESGID, (_KEEP, gid, _KEEP))]
         # a change of ids makes a process undumpable, and then only root gets at it
@@ -171,10 +187,10 @@ class OwnSockets:
         for result in results[:2]:
             if result < 0:
                 self.refused = os.strerror(-result)
-        for result in results[2 + len(calls) :][:2]:
+        for result in results[len(there) + len(calls) :][:2]:
             if result < 0:
                 raise StepFailedError(self._remote.pid, "going back to its own ids", -result)
-        return results[2 : 2 + len(calls)]
+        return results[len(there) : len(there) + len(calls)]
 
     def _now(self) -> tuple[int, int]:
         """Effective uid and gid of the process."""

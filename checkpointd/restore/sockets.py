@@ -145,7 +145,7 @@ def _begin_to_listen(maker: Maker, index: int, one: InetSocket | UnixSocket, soc
     except OSError as error:
         if isinstance(one, InetSocket):
             raise _in_use(maker.name(index), one, error) from error
-        raise
+        raise RestoreConflict(f"{maker.name(index)}: it cannot listen again: {error.strerror}") from error
 
 
 def bind_inet(name: str, sock: socket.socket, one: InetSocket) -> None:

@@ -47,6 +47,10 @@ def unix(maker: Maker, index: int, one: UnixSocket) -> None:
     with new_socket(maker, index, one) as sock:
         _bind_unix(maker, index, sock, one)
         if one.state == "listening":
+            if not sock.getsockname():
+                sock.bind(
+                    ""
+                )  # its own is not to be had, and none listens without: one of the kernel's choice
             listen(maker, index, one, sock)
             if one.pending:
                 maker.warnings.append(
@@ -186,11 +190,13 @@ def _connection(
             one.type, other.name, bind, listened=one.credentials, connected=other.credentials
         )
     except (OSError, RestoreConflict) as error:
-        why = error.message if isinstance(error, RestoreConflict) else error.strerror
-        shown = os.fsdecode(other.name.replace(b"\0", b"@"))
-        maker.warnings.append(
-            f"{maker.name(accepted)}: the connection that was accepted at {shown} comes back without that name ({why})"
-        )
+        if other.name not in maker.told_names:
+            maker.told_names.add(other.name)
+            why = error.message if isinstance(error, RestoreConflict) else error.strerror
+            shown = os.fsdecode(other.name.replace(b"\0", b"@"))
+            maker.warnings.append(
+                f"{maker.name(accepted)}: what was accepted at {shown} comes back without that name ({why})"
+            )
         return None
 
 

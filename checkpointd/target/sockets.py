@@ -120,6 +120,10 @@ def _tcp(session: Session, one: OpenFd, sock: socket.socket) -> InetSocket | Clo
         )
     listening = info.state == sockets.TCP_LISTEN
     options = _options(one, sock)
+    if not listening:
+        # TCP_MAXSEG of a closed socket that nobody limited is what its last connection came to
+        last = SocketOption(int(socket.IPPROTO_TCP), socket.TCP_MAXSEG, struct.pack("=i", info.segment_bytes))
+        options = tuple(option for option in options if option != last)
     if listening:
         keys = session.md5_keys(sock.family, local.host, local.port, one.stat.st_ino)
         options += tuple(

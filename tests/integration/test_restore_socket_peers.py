@@ -25,10 +25,14 @@ here = os.getcwd() + "/server"
 listener = socket.socket(socket.AF_UNIX); listener.bind(here); listener.listen()
 client = socket.socket(socket.AF_UNIX); client.bind(b"\\0restore-peers-%d" % os.getpid()); client.connect(here)
 accepted, _ = listener.accept()
+removed = os.getcwd() + "/removed"
+second = socket.socket(socket.AF_UNIX); second.bind(removed); second.listen()
+clients = [socket.socket(socket.AF_UNIX)]; clients[0].connect(removed); clients.append(second.accept()[0])
+second.close(); os.unlink(removed)
 alone, gone = socket.socketpair()
 gone.close()
 while True:
-    for sock in (*pair, client, accepted, alone):
+    for sock in (*pair, client, accepted, *clients, alone):
         creds = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         print(creds, sock.getsockname(), sock.getpeername(), file=open("next", "a"))
     dumpable = os.stat("/proc/self/stat").st_uid
@@ -56,7 +60,7 @@ def test_peers_show_names_and_the_users_credentials(home: Path) -> None:
         captured = capture(child.pid, kill=True)
         kill_and_reap(child)
         before = read(home / "out")
-        assert before.count(b"(%d, %d, %d)" % (child.pid, UID, UID)) == 5
+        assert before.count(b"(%d, %d, %d)" % (child.pid, UID, UID)) == 7
         (home / "out").unlink()
         for left in home.glob("next"):
             left.unlink()

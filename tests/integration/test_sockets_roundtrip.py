@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpointd.errors import RestoreConflict, Unsupported
+from checkpointd.errors import CheckpointError, RestoreConflict, Unsupported
 from checkpointd.restore.files import after_credentials, check_files
 from checkpointd.restore.own_sockets import OwnSockets
 from checkpointd.state.files import FilesOptions, PeerCredentials, UnixSocket
@@ -440,11 +441,106 @@ c = socket.socket(1); c.connect({path!r}); a, _ = l.accept(); os.dup2(a.fileno()
         assert stub.get("a.getsockname(), a.recv(9), a.recv(9)") == (path, b"last", b"")
 
 
+def test_listener_without_a_name_of_its_own_listens_all_the_same(tmp_path):
+    """Its file was removed, and another socket is there now."""
+    path = str(tmp_path / "server")
+    with driven(**QUIET) as target:
+        target.do(f"l = socket.socket(1); l.bind({path!r}); l.listen(); os.dup2(l.fileno(), 20); l.close()")
+        os.unlink(path)
+        state, contents, _ = save(target)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        with restored(state, contents) as (stub, warnings):
+            assert any("left without name" in warning for warning in warnings)
+            stub.do(
+                "l = socket.socket(fileno=20); c = socket.socket(1); c.connect(l.getsockname()); l.accept()"
+            )
+
+
+def test_names_that_were_borrowed_are_removed_though_the_process_dies(tmp_path, monkeypatch):
+    path = str(tmp_path / "server")
+    setup = f"""
+l = socket.socket(1); l.bind({path!r}); l.listen(); c = socket.socket(1); c.connect({path!r}); a, _ = l.accept()
+os.dup2(c.fileno(), 20); os.dup2(a.fileno(), 21); l.close(); os.unlink({path!r})
+"""
+    with driven(**QUIET) as target:
+        target.do(setup)
+        state, contents, _ = save(target)
+    accept = OwnSockets._accept
+
+    def die(self, listener):
+        accepted = accept(self, listener)
+        assert os.path.lexists(path)
+        os.kill(self._remote.pid, signal.SIGKILL)
+        return accepted
+
+    monkeypatch.setattr(OwnSockets, "_accept", die)
+    with pytest.raises(CheckpointError), restored(state, contents):
+        pass
+    assert not os.path.lexists(path)
+
+
+def test_a_stranger_who_finds_a_borrowed_name_gets_nothing(tmp_path, monkeypatch):
+    path = str(tmp_path / "server")
+    setup = f"""
+l = socket.socket(1); l.bind({path!r}); l.listen(); c = socket.socket(1); c.connect({path!r}); a, _ = l.accept()
+os.dup2(c.fileno(), 20); os.dup2(a.fileno(), 21); l.close(); os.unlink({path!r})
+"""
+    with driven(**QUIET) as target:
+        target.do(setup)
+        state, contents, _ = save(target)
+    listener, stranger = OwnSockets._listener, socket.socket(socket.AF_UNIX)
+
+    def found(self, kind, bind):
+        made = listener(self, kind, bind)
+        made[1].listen(4)
+        stranger.connect(path)
+        return made
+
+    monkeypatch.setattr(OwnSockets, "_listener", found)
+    with stranger:
+        with restored(state, contents) as (stub, warnings):
+            assert warnings == []
+            stub.do("c, a = [socket.socket(fileno=fd) for fd in (20, 21)]; c.send(b'own')")
+            assert stub.get("a.recv(9), a.getsockname()") == (b"own", path)
+        stranger.setblocking(False)
+        assert stranger.recv(1) == b""
+
+
+def test_a_failed_connection_leaves_no_limit_of_segments():
+    """TCP_MAXSEG of a closed socket is what its last connection came to, until it is set."""
+    setup = """
+for fd, limit in ((20, 0), (21, 1000)):
+    s = socket.socket()
+    if limit: s.setsockopt(6, socket.TCP_MAXSEG, limit)
+    else:
+        try: s.connect(('127.0.0.1', 1))
+        except OSError: pass
+    os.dup2(s.fileno(), fd); s.close()
+"""
+    with moved(setup, **QUIET) as (stub, warnings):
+        assert warnings == []
+        stub.do(
+            """
+sizes = []
+for fd in (20, 21):
+    s = socket.socket(fileno=fd); l = socket.create_server(('127.0.0.1', 0))
+    s.connect(l.getsockname()); sizes.append(l.accept()[0].getsockopt(6, socket.TCP_MAXSEG))
+"""
+        )
+        free, limited = stub.get("sizes")
+        assert free > 10_000
+        assert limited <= 1000
+
+
 def test_name_that_somebody_has_now_costs_the_name_only():
+    """It is tried and told once, however many connections were accepted there."""
     name = name_of("abstract", None, "taken")
     setup = f"""
 l = socket.socket(1); l.bind({name!r}); l.listen(); c = socket.socket(1); c.connect({name!r}); a, _ = l.accept()
-os.dup2(c.fileno(), 20); os.dup2(a.fileno(), 21); l.close()
+os.dup2(c.fileno(), 20); os.dup2(a.fileno(), 21)
+c = socket.socket(1); c.connect({name!r}); a, _ = l.accept()
+os.dup2(c.fileno(), 22); os.dup2(a.fileno(), 23); l.close()
 """
     with driven(**QUIET) as target:
         target.do(setup)
