@@ -513,7 +513,10 @@ class Dumper:
     # -- small things
 
     def _ahead_of_others(self) -> AheadOfOthers:
-        return AheadOfOthers(threading.get_native_id(), self._worker.pid)
+        tids = [threading.get_native_id(), self._worker.pid]
+        if isinstance(self._tracker, UffdWpTracker):
+            tids.append(self._tracker.walker_tid)
+        return AheadOfOthers(*tids)
 
     def _is_cancelled(self) -> bool:
         return self.cancelled()  # which may be set while a dump is under way

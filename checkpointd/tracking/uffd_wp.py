@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -91,6 +92,14 @@ class UffdWpTracker:
         self._own: Runs = NO_RUNS  # VMAs that were registered by us at the last collection
         self._may_be_stale = False
         self._walker = ThreadPoolExecutor(1, thread_name_prefix="second-walk")
+        self._walker_tid = 0
+
+    @property
+    def walker_tid(self) -> int:
+        """The thread that makes the second walk, for which the target waits; started when first asked for."""
+        if not self._walker_tid:
+            self._walker_tid = self._walker.submit(threading.get_native_id).result()
+        return self._walker_tid
 
     def collect(self, space: Space) -> Collection:
         known = self._known(space)
