@@ -120,7 +120,7 @@ def written_beside(pid: int, vmas: Sequence[Vma], *, kernel_workers: bool) -> Ru
     outlived its io_uring does not stand still: a write of it between the look at soft-dirty bits and their clearing
     would be seen by nobody.  In either case all anonymous memory is suspect.
     """
-    if not kernel_workers and process.read_status(pid).get("VmPin", "0 kB").split()[0] == "0":
+    if not kernel_workers and process.nr_pinned_kb(pid) == 0:
         return NO_RUNS
     rows = [(vma.first_page, vma.nr_pages) for vma in vmas if vma.kind is VmaKind.ANON]
     return merge_runs(np.array(rows, dtype=np.uint64).reshape(-1, 2))

@@ -92,9 +92,40 @@ def parse_stat(text: bytes) -> Stat:
     )
 
 
+def slurp(path: str) -> bytes:
+    """All of a small file; a third of the time that open(2) by io or pathlib takes."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = part = os.read(fd, 1 << 16)
+        while part:
+            part = os.read(fd, 1 << 16)
+            text += part
+        return text
+    finally:
+        os.close(fd)
+
+
+def nr_threads(pid: int) -> int:
+    """How many threads the kernel counts, those included that have exited and were not reaped yet."""
+    return int(slurp(f"/proc/{pid}/task/{pid}/stat").rpartition(b")")[2].split(None, 18)[17])
+
+
+def nr_pinned_kb(pid: int) -> int:
+    """Memory that devices may write to, as far as its users count it (VmPin)."""
+    found = _PINNED.search(slurp(f"/proc/{pid}/status"))
+    return int(found[1]) if found else 0
+
+
+def umask(pid: int) -> int:
+    """Raises OSError."""
+    found = _UMASK.search(slurp(f"/proc/{pid}/status"))
+    assert found, "there since Linux 4.7"
+    return int(found[1], 8)
+
+
 def read_stat(pid: int, tid: int | None = None) -> Stat:
     where = f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat"
-    return parse_stat(Path(where).read_bytes())
+    return parse_stat(slurp(where))
 
 
 def parse_status(text: bytes) -> dict[str, str]:
@@ -109,7 +140,7 @@ def parse_status(text: bytes) -> dict[str, str]:
 
 def read_status(pid: int, tid: int | None = None) -> dict[str, str]:
     where = f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status"
-    return parse_status(Path(where).read_bytes())
+    return parse_status(slurp(where))
 
 
 def boot_id() -> str:
@@ -139,6 +170,8 @@ def parse_time_offsets(text: bytes) -> tuple[int, int]:
     return found.get(b"monotonic", 0), found.get(b"boottime", 0)
 
 
+_PINNED = re.compile(rb"^VmPin:\s+(\d+) kB$", re.MULTILINE)
+_UMASK = re.compile(rb"^Umask:\t([0-7]+)$", re.MULTILINE)
 _AUTOGROUP = re.compile(rb"^(/autogroup-\d+) nice (-?\d+)$", re.MULTILINE)
 
 

@@ -41,14 +41,14 @@ def exited(pid: int) -> TargetGone | Unsupported:
 
 
 def nr_threads(pid: int) -> int:
-    """How many threads the kernel counts, those included that have exited and were not reaped yet.
+    """See `process.nr_threads`.
 
     Raises:
         TargetGone: no such process.
     """
     try:
-        return process.read_stat(pid, pid).num_threads
-    except (OSError, ValueError) as error:
+        return process.nr_threads(pid)
+    except (OSError, ValueError, IndexError) as error:
         raise gone(pid) from error
 
 

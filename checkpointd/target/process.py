@@ -18,7 +18,6 @@ import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from checkpointd.errors import CheckpointError, NotPermitted, Unsupported
 from checkpointd.linux import kcmp, prlimit, sched, timer
@@ -246,20 +245,20 @@ def _children(pid: int) -> list[int]:
     found: list[int] = []
     for tid in process.thread_ids(pid):
         try:
-            text = Path(f"/proc/{pid}/task/{tid}/children").read_text(encoding="ascii")
+            text = process.slurp(f"/proc/{pid}/task/{tid}/children")
         except OSError:
             continue
         found += [int(word) for word in text.split()]
     return sorted(found)
 
 
-def _sharers_of_memory(pid: int) -> list[str]:
+def _sharers_of_memory(pid: int, ppid: int) -> list[str]:
     """Relatives in the same address space: nobody stops them while it is read.
 
     Looked for in the freeze: a vfork child in flight holds its parent in a sleep that no freeze ends.
     """
     found = []
-    for other in (*_children(pid), process.read_stat(pid).ppid):
+    for other in (*_children(pid), ppid):
         with contextlib.suppress(OSError):  # it just ended, or may not be compared
             if other > 1 and kcmp.shares_memory(pid, other):
                 found.append(
@@ -326,7 +325,8 @@ def capture_process(
             draft = ProcessDraft(pid)
             _fill(draft, maps.read_smaps(pid))
         asked = ask(remote)
-        blockers = [*draft.blockers, *asked.blockers, *_sharers_of_memory(pid)]
+        stat = process.read_stat(pid)
+        blockers = [*draft.blockers, *asked.blockers, *_sharers_of_memory(pid, stat.ppid)]
         if blockers:
             raise Unsupported(
                 f"process {pid} cannot be saved: {blockers[0]}"
@@ -335,7 +335,6 @@ def capture_process(
                 pid=pid,
                 blockers=blockers,
             )
-        stat, status = process.read_stat(pid), process.read_status(pid)
         threads, warnings = capture_threads(
             frozen,
             remote,
@@ -361,11 +360,11 @@ def capture_process(
             layout=_layout(pid, stat, asked.brk),
             cwd=os.readlink(f"/proc/{pid}/cwd"),
             root=os.readlink(f"/proc/{pid}/root"),
-            umask=int(status["Umask"], 8),
-            limits=parse_limits(Path(f"/proc/{pid}/limits").read_text(encoding="ascii")),
+            umask=process.umask(pid),
+            limits=parse_limits(process.slurp(f"/proc/{pid}/limits").decode("ascii")),
             dumpable=asked.dumpable,
-            personality=int(Path(f"/proc/{pid}/personality").read_text(encoding="ascii"), 16),
-            oom_score_adj=int(Path(f"/proc/{pid}/oom_score_adj").read_text(encoding="ascii")),
+            personality=int(process.slurp(f"/proc/{pid}/personality"), 16),
+            oom_score_adj=int(process.slurp(f"/proc/{pid}/oom_score_adj")),
             coredump_filter=_coredump_filter(pid),
             child_subreaper=asked.child_subreaper,
             thp_disable=asked.thp_disable,
@@ -420,7 +419,7 @@ def parse_limits(text: str) -> tuple[Limit, ...]:
 
 def _coredump_filter(pid: int) -> int | None:
     try:
-        return int(Path(f"/proc/{pid}/coredump_filter").read_text(encoding="ascii"), 16)
+        return int(process.slurp(f"/proc/{pid}/coredump_filter"), 16)
     except (OSError, ValueError):
         return None
 
@@ -441,5 +440,5 @@ def _layout(pid: int, stat: process.Stat, brk: int) -> MemoryLayout:
         arg_end=of(49),
         env_start=of(50),
         env_end=of(51),
-        auxv=Path(f"/proc/{pid}/auxv").read_bytes(),
+        auxv=process.slurp(f"/proc/{pid}/auxv"),
     )

@@ -29,7 +29,7 @@ _UNFIT = frozenset(
     {4, 5, 7, 8, 9, 11, 18, 19, 20, 21, 22, 31, 32, 33}
 )
 
-_NR_SPINS, _NR_SHORT = 100, 300
+_NR_SPINS, _NR_SHORT = 20, 300
 _SHORT_S, _LONG_S = 0.00005, 0.001
 _STOP_TIMEOUT_S = 1.0
 
@@ -86,7 +86,8 @@ def _wait(pid: int, tid: int, deadline: float) -> ptrace.WaitStatus | None:
             if status.exited:
                 raise gone(pid)
             return status
-        # most calls take microseconds: a sleep would cost more than all of them
+        # Most calls take microseconds: a sleep would cost more than all of them.  But a thread on the CPU of a tracer
+        # that goes ahead of it (dump/priority.py) runs only once that sleeps.
         nr_idle += 1
         if nr_idle < _NR_SPINS:
             os.sched_yield()

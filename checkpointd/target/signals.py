@@ -7,11 +7,11 @@ Source: rt_sigaction(2), ptrace(2) PTRACE_PEEKSIGINFO, proc_pid_timers(5), timer
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from checkpointd.linux import ptrace, timer
 from checkpointd.linux import signal as sig
 from checkpointd.linux.arch import Nr
+from checkpointd.procfs import process
 from checkpointd.state.signals import IntervalTimer, PosixTimer, SignalAction, SignalsState
 from checkpointd.target.freeze import Frozen
 from checkpointd.target.remote import Call, Remote
@@ -20,6 +20,7 @@ _TIMER = re.compile(
     r"ID: (\d+)\nsignal: (-?\d+)/([0-9a-f]+)\nnotify: (\w+)/(?:tid|pid)\.(-?\d+)\nClockID: (-?\d+)"
 )
 _NOTIFY = {"signal": timer.SIGEV_SIGNAL, "none": timer.SIGEV_NONE, "thread": timer.SIGEV_THREAD}
+_DEFAULT = bytes(sig.SIGACTION_BYTES)
 _SETTABLE = tuple(n for n in range(1, sig.NR_SIGNALS + 1) if n not in (sig.SIGKILL, sig.SIGSTOP))
 
 
@@ -29,7 +30,7 @@ def capture_signals(frozen: Frozen, remote: Remote) -> SignalsState:
     Raises:
         OSError: the process died.
     """
-    declared = parse_timers(Path(f"/proc/{frozen.pid}/timers").read_text(encoding="ascii"))
+    declared = parse_timers(process.slurp(f"/proc/{frozen.pid}/timers").decode("ascii"))
     action_at = remote.alloc(sig.SIGACTION_BYTES * len(_SETTABLE))
     itimer_at = remote.alloc(timer.ITIMERSPEC_BYTES * 3)
     timer_at = remote.alloc(timer.ITIMERSPEC_BYTES * max(1, len(declared)))
@@ -46,8 +47,11 @@ def capture_signals(frozen: Frozen, remote: Remote) -> SignalsState:
     raw_actions = remote.read(action_at, sig.SIGACTION_BYTES * len(_SETTABLE))
     actions = []
     for n, signum in enumerate(_SETTABLE):
-        action = SignalAction(signum, *sig.unpack_sigaction(raw_actions[n * sig.SIGACTION_BYTES :]))
-        if results[n] == 0 and (action.handler or action.flags or action.mask):
+        raw = raw_actions[n * sig.SIGACTION_BYTES : (n + 1) * sig.SIGACTION_BYTES]
+        if results[n] or raw == _DEFAULT:
+            continue
+        action = SignalAction(signum, *sig.unpack_sigaction(raw))
+        if action.handler or action.flags or action.mask:
             actions.append(action)
     return SignalsState(
         actions=tuple(actions),
