@@ -22,6 +22,8 @@ import resource
 from types import TracebackType
 
 _PRIORITY = 1
+_LEAST_CPUS = 2
+"""With one, whom we wait for would have to wait for us."""
 
 
 class AheadOfOthers:
@@ -38,13 +40,19 @@ class AheadOfOthers:
     def __enter__(self) -> AheadOfOthers:
         if resource.getrlimit(resource.RLIMIT_RTTIME)[0] != resource.RLIM_INFINITY:
             return self
-        for tid in self._tids:
-            with contextlib.suppress(OSError):
-                if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == os.SCHED_OTHER:
-                    self._raised.append(
-                        tid
-                    )  # first: an interruption (Ctrl-C) right behind the call must not lose it
-                    _schedule(tid, os.SCHED_RR | os.SCHED_RESET_ON_FORK, _PRIORITY)
+        if len(os.sched_getaffinity(0)) < _LEAST_CPUS:
+            return self
+        try:
+            for tid in self._tids:
+                with contextlib.suppress(OSError):
+                    if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == os.SCHED_OTHER:
+                        self._raised.append(
+                            tid
+                        )  # first: an interruption right behind the call must not lose it
+                        _schedule(tid, os.SCHED_RR | os.SCHED_RESET_ON_FORK, _PRIORITY)
+        except BaseException:  # Ctrl-C
+            self.end()
+            raise
         return self
 
     def __exit__(

@@ -149,6 +149,7 @@ class _Restorer:
         self.options = options
         self.progress = progress
         self.warnings: list[str] = []
+        self._has_own_keyring = False
         self.phases: dict[str, int] = {}
         self.ours: Credentials = checks.our_credentials()
         theirs = state.process.threads[0].credentials if state.process.threads else None
@@ -347,8 +348,7 @@ class _Restorer:
         stub.run(plan.finishing_steps(self.space, stub))
         stub.reset()
         set_surroundings(stub, state)
-        if self._wants_keyring():
-            leave_session_keyring(stub, self.warnings)
+        self._has_own_keyring = self._wants_keyring() and leave_session_keyring(stub, self.warnings)
         self._judge_directories(stub.pid)
         self._mark("finish")
         tids: dict[int, int] = {}
@@ -485,7 +485,7 @@ class _Restorer:
         if dumpable in (0, 1):
             stub.run([Step(Call(Nr.PRCTL, (prctl.PR_SET_DUMPABLE, dumpable, 0, 0, 0)), "dumpable")])
         keyring = self.process.session_keyring
-        if keyring is not None and keyring.has_user_keyring and self._wants_keyring():
+        if self._has_own_keyring and keyring and (keyring.has_user_keyring or not keyring.serial):
             stub.batch([link_user_keyring()])
         if self.files is not None:
             stub.batch(after_credentials(self.files))

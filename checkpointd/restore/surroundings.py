@@ -76,11 +76,16 @@ def set_surroundings(stub: Stub, state: ProcessState) -> None:
     stub.reset()
 
 
-def leave_session_keyring(stub: Stub, warnings: list[str]) -> None:
-    """Give it an empty one in place of ours, whose keys it must not have; its threads are born with it."""
+def leave_session_keyring(stub: Stub, warnings: list[str]) -> bool:
+    """Give it an empty one in place of ours, whose keys it must not have; its threads are born with it.
+
+    Returns:
+        Whether it has that.
+    """
     (result,) = stub.batch([Call(Nr.KEYCTL, (keys.KEYCTL_JOIN_SESSION_KEYRING, 0))])
     if result < 0:
         warnings.append(f"it has the session keyring of who restored it ({os.strerror(-result)})")
+    return result >= 0
 
 
 def link_user_keyring() -> Call:

@@ -13,6 +13,7 @@ from checkpointd.procfs import process
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _DEAD = frozenset("ZXx")
+_NR_LOOKS = 20
 _SIGKILL_BIT = 1 << (9 - 1)
 
 
@@ -22,7 +23,7 @@ def gone(pid: int) -> TargetGone:
 
 def exited(pid: int) -> TargetGone | Unsupported:
     """What to say of a process whose main thread is dead: that it has exited, unless other threads live on."""
-    if not any(lives(pid, tid) for tid in _thread_ids(pid) if tid != pid):
+    if not any(lives(pid, tid) for tid in thread_ids(pid) if tid != pid):
         try:
             stat = process.read_stat(pid)
         except OSError:
@@ -60,7 +61,8 @@ def not_listed(pid: int) -> Busy:
     )
 
 
-def _thread_ids(pid: int) -> list[int]:
+def thread_ids(pid: int) -> list[int]:
+    """Those of a process that is gone: none."""
     try:
         return process.thread_ids(pid)
     except OSError:
@@ -75,6 +77,15 @@ def lives(pid: int, tid: int) -> bool:
         return False
     pending = int(status.get("SigPnd", "0"), 16) | int(status.get("ShdPnd", "0"), 16)
     return not (stat.state in _DEAD or stat.flags & process.PF_EXITING or pending & _SIGKILL_BIT)
+
+
+def comes_to_life(pid: int) -> bool:
+    """Is the main thread alive, or soon again?  It is dead for a moment where another thread calls execve(2)."""
+    for _ in range(_NR_LOOKS):
+        if lives(pid, pid):
+            return True
+        time.sleep(0.001)
+    return False
 
 
 def check_attachable(pid: int) -> None:
@@ -108,7 +119,7 @@ def check_attachable(pid: int) -> None:
             pid=pid,
             blockers=[f"process {pid} is a kernel thread"],
         )
-    if stat.state in _DEAD:
+    if stat.state in _DEAD and not comes_to_life(pid):
         raise exited(pid)
     _check_tracer(pid, status)
 

@@ -34,7 +34,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from checkpointd.errors import Busy, TargetExeced, Unsupported
+from checkpointd.errors import Busy, CheckpointError, TargetExeced, TargetGone, Unsupported
 from checkpointd.linux import ptrace
 from checkpointd.linux.process_vm import MemFile
 from checkpointd.linux.ptrace import RseqConfig
@@ -43,7 +43,7 @@ from checkpointd.target import attachable, restartable, undertaker
 from checkpointd.target.fork import ForkedCopy, fork_copy, reap_copy
 from checkpointd.target.inject import Injection, NotHomeError, injection
 from checkpointd.target.registers import CS_64BIT, ERESTART_RESTARTBLOCK, NR_RESTART_SYSCALL, UserRegs
-from checkpointd.target.release import release
+from checkpointd.target.release import is_traced_by_us, release
 from checkpointd.target.restartable import BlockedCall, Switches, read_switches
 from checkpointd.target.restartable_sequence import abort_critical_section
 from checkpointd.target.slot import SLOT_SIZE, LeftBehind, SlotPlace, exe_identity, find_places, is_go_program
@@ -57,6 +57,7 @@ _SIGTRAP = 5
 _LINGER_S = 60.0
 _MAX_WAYS_HOME = 200
 _NR_PLACES = 2
+_SEIZE_TRIES = 10
 _VDSO_LINE = re.compile(rb"^.*\[vdso\]$", re.MULTILINE)
 _WORD = 8
 _attached: set[int] = set()
@@ -303,12 +304,34 @@ def freeze(pid: int, *, timeout_s: float = 5.0) -> Frozen:
         hit("freeze.done")
     except BaseException as error:
         try:
-            if isinstance(error, ProcessLookupError):
+            if isinstance(error, ProcessLookupError | ChildProcessError):
                 raise attachable.gone(pid) from error
             raise
+        except TargetGone as gone:
+            _let_go(frozen)
+            # on the way through an execve of another thread what is left of the old program looks dead or gone
+            if attachable.comes_to_life(pid):
+                raise _replaced(pid) from gone
+            raise
         finally:
-            frozen.thaw()
+            _let_go(frozen)
     return frozen
+
+
+def _let_go(frozen: Frozen) -> None:
+    """Thaw, and let go also of a thread that an execve has given another one's id since it was seized.
+
+    Raises:
+        Busy: see `Frozen.thaw`.
+    """
+    frozen.thaw()
+    pid, deadline = frozen.pid, time.monotonic() + _LINGER_S
+    while strays := [
+        tid for tid in attachable.thread_ids(pid) if attachable.lives(pid, tid) and is_traced_by_us(pid, tid)
+    ]:
+        released = [release(pid, tid, deadline) for tid in strays]
+        if not all(released):
+            raise _still_attached(pid, strays)
 
 
 def _stop_all(frozen: Frozen, deadline: float) -> None:
@@ -400,17 +423,15 @@ def _seize_new(frozen: Frozen, tids: list[int]) -> set[int]:
             hit("freeze.seize")
             # held before it is seized: an interruption (Ctrl-C) right behind the call must not lose it
             frozen._held[tid] = False
-            ptrace.seize(tid, _OPTIONS)
-            hit("freeze.seized")
-        except ProcessLookupError:
-            del frozen._held[tid]
-            continue
-        except PermissionError as error:
-            del frozen._held[tid]
-            reason = attachable.explain_refusal(pid, tid)
-            if reason is None:
+            if not _seize(pid, tid):
+                del frozen._held[tid]
                 continue  # it is just exiting
-            raise reason from error
+            hit("freeze.seized")
+        except (ProcessLookupError, CheckpointError) as error:
+            del frozen._held[tid]
+            if isinstance(error, CheckpointError):
+                raise
+            continue
         try:
             ptrace.interrupt(tid)
             hit("freeze.interrupted")
@@ -420,13 +441,38 @@ def _seize_new(frozen: Frozen, tids: list[int]) -> set[int]:
     return pending
 
 
+def _seize(pid: int, tid: int) -> bool:
+    """PTRACE_SEIZE; False for a thread that is exiting.
+
+    Raises:
+        ProcessLookupError: it is gone.
+        NotPermitted, Busy, TargetGone: it may not be traced.
+    """
+    for left in reversed(range(_SEIZE_TRIES)):
+        try:
+            ptrace.seize(tid, _OPTIONS)
+            return True
+        except PermissionError as error:
+            reason = attachable.explain_refusal(pid, tid)
+            if reason is None:
+                return False
+            # again: on the way through an execve a thread cannot be seized
+            if not left:
+                raise reason from error
+            time.sleep(0.001)
+    return False
+
+
 def _wait_stopped(frozen: Frozen, pending: set[int], deadline: float) -> None:
     """Wait for the EVENT_STOP of every thread in `pending` (emptied on the way)."""
     pid = frozen.pid
+    # those that a tracer ahead of others (dump/priority.py) waits for may need its CPU, which yielding gives to none
+    is_ahead = os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK != os.SCHED_OTHER
+    nr_spins = 10 if is_ahead else 50
     nr_idle = 0
     while pending:
         progress = False
-        for tid in tuple(pending):
+        for tid in [min(pending)] if is_ahead else tuple(pending):
             try:
                 status = ptrace.peek_wait(tid, block=False)
             except ChildProcessError:  # reaped by the undertaker, or gone in an execve
@@ -438,13 +484,19 @@ def _wait_stopped(frozen: Frozen, pending: set[int], deadline: float) -> None:
             nr_idle = 0
             continue
         nr_idle += 1
-        if nr_idle < 50:
+        if nr_idle < nr_spins:
             os.sched_yield()
             continue
         time.sleep(0.00005 if nr_idle < 100 else 0.001)
         if time.monotonic() > deadline:
             _give_up(frozen, pending)
-        if nr_idle % 100 == 0 and attachable.is_dead_thread(pid, pid):
+        if nr_idle % 100:
+            continue
+        # our own child is waited for in vain when an execve of another thread has put that in the place of one of ours
+        for tid in [one for one in pending if not is_traced_by_us(pid, one)]:
+            _settled(frozen, tid, ptrace.WaitStatus(True, 0))
+            pending.discard(tid)
+        if attachable.is_dead_thread(pid, pid) and not attachable.comes_to_life(pid):
             raise attachable.explain_refusal(pid, pid) or attachable.gone(pid)
 
 
@@ -463,11 +515,7 @@ def _settled(frozen: Frozen, tid: int, status: ptrace.WaitStatus) -> bool:
         return True
     if status.event == ptrace.EVENT_EXEC:
         ptrace.take_stop(tid)
-        raise TargetExeced(
-            f"process {frozen.pid} replaced its program (execve) while it was being stopped",
-            hint="try again: it is another program now",
-            pid=frozen.pid,
-        )
+        raise _replaced(frozen.pid)
     # a signal on its way: deliver it, never keep it (it would be in no image and lost if we died)
     with contextlib.suppress(ProcessLookupError):
         hit("freeze.signal")
@@ -475,6 +523,14 @@ def _settled(frozen: Frozen, tid: int, status: ptrace.WaitStatus) -> bool:
         hit("freeze.signal_passed")
         ptrace.interrupt(tid)
     return False
+
+
+def _replaced(pid: int) -> TargetExeced:
+    return TargetExeced(
+        f"process {pid} replaced its program (execve) while it was being stopped",
+        hint="try again: it is another program now",
+        pid=pid,
+    )
 
 
 def _give_up(frozen: Frozen, pending: set[int]) -> None:

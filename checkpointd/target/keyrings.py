@@ -56,18 +56,18 @@ def judge_keyrings(remote: Remote, results: Sequence[int]) -> Keyrings:
         if serial > 0 and (held := _keys_of(remote, serial)):
             warnings.append(f"{len(held)} key(s) of its {word} keyring are not restored")
     if session == -errno.ENOKEY:
-        return Keyrings(SessionKeyring(0), tuple(warnings))
+        # the kernel looks in that of its user then, which one of its own would hide
+        return Keyrings(SessionKeyring(0, has_user_keyring=True), tuple(warnings))
     if session <= 0:
         return Keyrings(None, tuple(warnings))
-    if session == keys.own_session_keyring():
-        return Keyrings(SessionKeyring(session), tuple(warnings))
     descriptions = _describe(remote, _keys_of(remote, session))
     # logins and services link the keyring of their user there
     others = [one for one in descriptions if not (one.startswith(b"keyring;") and b";_uid." in one)]
     if others:
-        warnings.append(
-            f"{len(others)} key(s) of its session keyring are not restored: it gets an empty one of its own"
-        )
+        lost = "come back only where the service is of the same session"
+        if session != keys.own_session_keyring():
+            lost = "are not restored: it gets an empty one of its own"
+        warnings.append(f"{len(others)} key(s) of its session keyring {lost}")
     return Keyrings(SessionKeyring(session, len(others) < len(descriptions)), tuple(warnings))
 
 

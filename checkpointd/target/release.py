@@ -33,26 +33,31 @@ def release(pid: int, tid: int, deadline: float) -> bool:
         except ChildProcessError:
             return True
         try:
+            nr_tries += 1
+            if nr_tries > 20:
+                time.sleep(0.0005)
+                if time.monotonic() > deadline:
+                    return False
             if status is None:
                 ptrace.interrupt(tid)
-                nr_tries += 1
-                if nr_tries > 20:
-                    time.sleep(0.0005)
-                    if time.monotonic() > deadline:
-                        return False
             elif status.exited:
                 _bury(pid, tid)
                 return True
             else:
+                if status.event == ptrace.EVENT_EXEC:
+                    # Of an execve by another thread than the main one: the kernel refuses every request until its
+                    # new id was waited for.  Source: Linux kernel/ptrace.c (looks_like_a_spurious_pid), v5.13.
+                    ptrace.take_stop(tid)
                 plain = not status.event and status.code != ptrace.SYSCALL_STOP
                 ptrace.detach(tid, status.signal if plain else 0)
                 return True
         except ProcessLookupError:
-            if status is None and not _is_traced_by_us(pid, tid):
+            if status is None and not is_traced_by_us(pid, tid):
                 return True
 
 
-def _is_traced_by_us(pid: int, tid: int) -> bool:
+def is_traced_by_us(pid: int, tid: int) -> bool:
+    """By this thread of ours; False for one that is gone."""
     try:
         return int(process.read_status(pid, tid)["TracerPid"]) == threading.get_native_id()
     except (OSError, KeyError, ValueError):

@@ -184,6 +184,23 @@ def test_a_program_that_replaces_itself(start):
     target.judge()
 
 
+def test_a_program_that_another_thread_than_the_main_one_replaces(start):
+    """The kernel refuses every request for it until its new id was waited for, also to let it go."""
+    target = start("thread-execs")
+    outcomes = set()
+    until = time.monotonic() + 8
+    while time.monotonic() < until:
+        began = time.monotonic()
+        try:
+            sessions.plain(target.pid)
+            outcomes.add("frozen")
+        except (TargetExeced, Busy, Unsupported) as error:  # its main thread is a zombie for a moment
+            outcomes.add(type(error))
+        assert time.monotonic() - began < 7
+    assert outcomes >= {"frozen", TargetExeced}
+    target.judge()
+
+
 def test_a_vfork_parent_is_busy_and_runs_on(start):
     target = start("vfork")
     target.wait_step()

@@ -593,6 +593,25 @@ static void mode_execs(void)
     if (!shm->quit) execv("/proc/self/exe", own_argv);
 }
 
+// the same by another thread than the main one, which takes over its id
+static void *replace(void *unused)
+{
+    usleep(rand() % 3000);
+    step();
+    if (!shm->quit) execv("/proc/self/exe", own_argv);
+    exit(shm->errors ? 1 : 0);
+    return unused;
+}
+
+static void mode_thread_execs(void)
+{
+    pthread_t thread;
+    srand(getpid() ^ (unsigned)time(NULL) ^ (unsigned)shm->progress);
+    for (int n = 0; n < 8; n++) pthread_create(&thread, NULL, sleeper, NULL);
+    pthread_create(&thread, NULL, replace, NULL);
+    for (;;) pause();
+}
+
 // a main thread that waits for a vfork child cannot be stopped
 static void mode_vfork(void)
 {
@@ -620,6 +639,7 @@ static const struct { const char *name; void (*run)(void); } modes[] = {
     {"signals", mode_signals}, {"altstack", mode_altstack}, {"clock", mode_clock}, {"rseq", mode_rseq},
     {"threads9", mode_threads9}, {"threads64", mode_threads64}, {"births", mode_births}, {"forks", mode_forks},
     {"nanosleep-long", mode_nanosleep_long}, {"epoll-long", mode_epoll_long}, {"execs", mode_execs},
+    {"thread-execs", mode_thread_execs},
     {"clock-nanosleep-long", mode_clock_nanosleep_long}, {"poll-long", mode_poll_long},
     {"futex-long", mode_futex_long}, {"select-long", mode_select_long},
     {"vfork", mode_vfork}, {"headless", mode_headless},

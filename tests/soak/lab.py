@@ -40,9 +40,9 @@ C_MODES = (
     *("nanosleep-long", "clock-nanosleep-long", "poll-long", "futex-long", "select-long", "epoll-long"),
 )
 # what changes by itself in a mode, and is therefore not compared
-MOVING_MAPS = {"births", "go", "execs"}
-MOVING_THREADS = {"births", "go", "execs"}
-MOVING_MASKS = {"births", "ppoll", "altstack", "signals", "go", "forks", "execs"}
+MOVING_MAPS = {"births", "go", "execs", "thread-execs"}
+MOVING_THREADS = {"births", "go", "execs", "thread-execs"}
+MOVING_MASKS = {"births", "ppoll", "altstack", "signals", "go", "forks", "execs", "thread-execs"}
 
 
 def build(where: Path) -> dict[str, Path]:
@@ -111,7 +111,7 @@ class Target:
             raise
 
     def _begin(self, mode: str) -> None:
-        enough = 0 if mode in ("execs", "vfork") or mode.endswith("-long") else 5
+        enough = 0 if mode in ("execs", "thread-execs", "vfork") or mode.endswith("-long") else 5
         self._wait(lambda: self._word(_READY) and self.progress > enough, "to begin")
         self.before = self._picture()
         if mode in ("threads9", "threads64"):
