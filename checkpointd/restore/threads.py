@@ -100,7 +100,7 @@ def own_steps(stub: Stub, thread: ThreadState, tid: int, ours: Credentials) -> l
     args_mce = (prctl.PR_MCE_KILL, prctl.PR_MCE_KILL_SET, thread.mce_kill, 0, 0)
     steps.append(Step(Call(Nr.PRCTL, args_mce), "what memory errors do to it"))
     if thread.io_flusher and cap.has(ours.effective, cap.CAP_SYS_RESOURCE):
-        steps.append(Step(Call(Nr.PRCTL, (prctl.PR_SET_IO_FLUSHER, 1, 0, 0, 0)), "IO flusher"))
+        steps.append(Step(Call(Nr.PRCTL, (prctl.PR_SET_IO_FLUSHER, 1, 0, 0, 0)), "IO flusher", True))
     steps += speculation_steps(thread.speculation)
     steps += own_pending_steps(stub, thread.pending, stub.pid, tid)
     steps += credential_steps(stub, thread.credentials, ours)

@@ -18,6 +18,19 @@ import sys
 from checkpointd.linux import kcmp, sysv
 from checkpointd.procfs import process
 
+_MAX_SEMAPHORES = 10_000
+"""As many are looked at before a dump, some 20 ms; anybody may make more."""
+
+
+def _at_most(sets: dict[int, int], nr_semaphores: int) -> dict[int, int]:
+    kept = {}
+    for semid, nr in sets.items():
+        nr_semaphores -= nr
+        if nr_semaphores < 0:
+            break
+        kept[semid] = nr
+    return kept
+
 
 def undo_warnings(pid: int) -> list[str]:
     """Of a process in our ipc namespace.
@@ -35,7 +48,9 @@ def undo_warnings(pid: int) -> list[str]:
             "it has operated System V semaphores with SEM_UNDO: what was left to undo is undone when it ends, and "
             "is not restored"
         ]
-    mine = [semid for semid, nr in sets.items() if _is_last_operator(pid, semid, nr)]
+    mine = [
+        semid for semid, nr in _at_most(sets, _MAX_SEMAPHORES).items() if _is_last_operator(pid, semid, nr)
+    ]
     if not mine:
         return []
     return [

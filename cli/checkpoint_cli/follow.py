@@ -16,10 +16,8 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from checkpoint_cli.options import Session
-from checkpoint_cli.output import print_line
+from checkpoint_cli.output import print_line, tell
 from checkpointd.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -132,6 +130,6 @@ def _nothing(_event: Event) -> None:
 
 def _lines(event: Event) -> None:
     if event["message_type"] == "started":
-        click.echo(f"operation {event['operation_id']}", err=True)
+        tell(f"operation {event['operation_id']}")
     elif event["message_type"] == "phase":
-        click.echo(event["phase"], err=True)
+        tell(event["phase"])

@@ -7,6 +7,7 @@ gRPC comes with the first connection.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 import click
 
-from checkpoint_cli.output import printable_lines
+from checkpoint_cli.output import printable_lines, tell
 from checkpointd.errors import CheckpointError, NoSpace, UsageError
 from checkpointd.version import VERSION
 
@@ -141,9 +142,10 @@ def run(arguments: list[str]) -> int:
                 {"reason": "USAGE", "message": message, "hint": hint, "exit_code": error.exit_code}
             )
         else:
-            error.show()
+            with contextlib.suppress(OSError):
+                error.show()
             if hint:
-                click.echo(f"  {hint}", err=True)
+                tell(f"  {hint}")
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 130
@@ -195,20 +197,20 @@ def report(error: CheckpointError, *, as_json: bool) -> None:
     if as_json:
         _print_error_json(error.to_dict())
         return
-    click.echo(f"checkpoint: {printable_lines(error.message)}", err=True)
+    tell(f"checkpoint: {printable_lines(error.message)}")
     for name in REASON_LISTS:
         reasons = error.details.get(name, ())
         for reason in reasons:
             if len(reasons) > 1 or reason not in error.message:  # a single one is the message already
-                click.echo(f"  - {printable_lines(reason)}", err=True)
+                tell(f"  - {printable_lines(reason)}")
         if error.details.get(f"{name}_left_out"):
-            click.echo(f"  - and {error.details[f'{name}_left_out']} more", err=True)
+            tell(f"  - and {error.details[f'{name}_left_out']} more")
     if error.hint:
-        click.echo(f"  {printable_lines(error.hint)}", err=True)
+        tell(f"  {printable_lines(error.hint)}")
 
 
 def _print_error_json(values: dict[str, Any]) -> None:
-    click.echo(json.dumps({"message_type": "error", **values}), err=True)
+    tell(json.dumps({"message_type": "error", **values}))
 
 
 def _drop_stdout() -> None:

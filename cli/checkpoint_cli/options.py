@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from checkpoint_cli.output import printable_lines
+from checkpoint_cli.output import printable_lines, tell
 from checkpointd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Session:
     def note(self, line: str) -> None:
         """Something worth knowing that is not the result, on stderr."""
         if not self.quiet and not self.json:
-            click.echo(printable_lines(line), err=True)
+            tell(printable_lines(line))
 
 
 def session_options(function: F) -> F:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,12 @@ def print_document(value: Any) -> None:
 def print_line(value: Any) -> None:
     """One line of JSON lines on stdout."""
     click.echo(as_json(value))
+
+
+def tell(text: str) -> None:
+    """A line on stderr.  One that cannot be written (a full disk) changes nothing of what is done."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

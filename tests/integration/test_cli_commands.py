@@ -302,6 +302,21 @@ def test_an_output_that_cannot_be_written_is_a_failure(house, target, words):
     assert "Traceback" not in closed.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_messages_that_cannot_be_written_change_nothing(house, target):
+    with open("/dev/full", "wb") as full:
+        for words, status in (
+            (("ls", "--bad"), 2),
+            (("show", "0123456789"), 9),
+            (("dump", "-p", str(target)), 0),
+        ):
+            done = subprocess.run(
+                house.command(*words), stdout=subprocess.PIPE, stderr=full, env=house.environ, text=True
+            )
+            assert done.returncode == status
+    assert last_image(house)["id"].startswith(done.stdout.split()[1])
+
+
 def test_without_standard_streams_nothing_else_takes_their_place(house, target):
     done = subprocess.run(
         [

@@ -17,7 +17,7 @@ from checkpoint_cli.options import (
     session_options,
     store_option,
 )
-from checkpoint_cli.output import duration, short_id, size
+from checkpoint_cli.output import duration, short_id, size, tell
 
 EPILOG = """\b
 example:
@@ -70,7 +70,7 @@ def command(session: Session, pid: int, max_frozen: int, **options: Any) -> None
 
 def _show(session: Session, summary: dict[str, Any]) -> None:
     for warning in summary["warnings"]:
-        click.echo(f"checkpoint: {warning}", err=True)
+        tell(f"checkpoint: {warning}")
     if session.quiet:
         click.echo(summary["image_id"])
         return

@@ -17,7 +17,7 @@ from checkpoint_cli.options import (
     session_options,
     store_option,
 )
-from checkpoint_cli.output import counted, duration, short_id
+from checkpoint_cli.output import counted, duration, short_id, tell
 
 EPILOG = """\b
 example:
@@ -59,7 +59,7 @@ def command(session: Session, image: str, **options: Any) -> None:
     if session.json:
         return
     for warning in summary["warnings"]:
-        click.echo(f"checkpoint: {warning}", err=True)
+        tell(f"checkpoint: {warning}")
     if session.quiet:
         click.echo(str(summary["pid"]))
         return

@@ -12,6 +12,7 @@ import click
 from kernel_shim import switch
 
 from checkpoint_cli.options import BACKENDS, Session, precise_option, session_options
+from checkpoint_cli.output import tell
 from checkpointd.errors import CheckpointError, UsageError
 
 
@@ -37,7 +38,7 @@ def command(session: Session, backend: str, precise: bool, words: tuple[str, ...
         try:
             result = client.track(child.pid, backend=backend, precise=precise)
             if session.json:
-                click.echo(json.dumps({"message_type": "tracked", **result}), err=True)
+                tell(json.dumps({"message_type": "tracked", **result}))
             else:
                 session.note(f"checkpoint: pid {child.pid} is tracked by {result['backend']}")
         except CheckpointError as error:
