@@ -200,6 +200,37 @@ def test_keyrings_are_left_and_lost_keys_told(start, how: str, told: str) -> Non
     check(target, dead_ns)
 
 
+OF_ONE_SESSION = """
+import ctypes, subprocess, time
+from tests.programs.restore_harness import capture
+libc = ctypes.CDLL(None)
+assert libc.syscall(250, 1, 0) > 0  # keyctl(KEYCTL_JOIN_SESSION_KEYRING)
+assert libc.syscall(248, b"user", b"of-the-session", b"secret", 6, -3) > 0  # add_key
+with subprocess.Popen(["sleep", "1000"]) as child:
+    time.sleep(0.2)
+    captured = capture(child.pid, kill=True)
+    child.kill()
+print([one for one in captured.state.process.warnings if "key" in one])
+"""
+
+
+@pytest.mark.needs("keys")
+def test_keys_that_the_service_shares_are_told_too() -> None:
+    """After the next boot there is another session."""
+    done = subprocess.run(
+        [sys.executable, "-c", OF_ONE_SESSION],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "1 key(s) of its session keyring come back only where the service is of the same session"
+        in done.stdout
+    )
+
+
 RESTORER_WITH_KEYS = """
 import ctypes, sys
 from tests.programs.restore_harness import capture, kill_and_reap, restore
