@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from checkpointd import tracepoint
 from checkpointd.agent.check import refuse_impossible
 from checkpointd.errors import Busy, TargetExeced, TargetGone, Unsupported, UsageError
 from checkpointd.procfs import process
+from checkpointd.target import attachable
 from checkpointd.target.freeze import freeze
 from tests.soak import lab, sessions
 
@@ -127,6 +129,20 @@ def test_a_list_of_threads_that_was_cut_short_leaves_none_running(start, monkeyp
         assert not cuts
         assert set(frozen.threads) == set(whole(target.pid))
         assert set(_states(target.pid).values()) == {"t"}
+    target.judge()
+
+
+def test_workers_of_the_kernel_that_come_and_go_hold_up_no_freeze(start, monkeypatch):
+    target = start("threads9")
+    whole, is_worker = process.thread_ids, attachable.is_kernel_worker
+    nr_lists = itertools.count()
+    monkeypatch.setattr(process, "thread_ids", lambda pid: [*whole(pid), 1 << 30 | next(nr_lists) % 3])
+    monkeypatch.setattr(
+        attachable, "is_kernel_worker", lambda pid, tid: tid >= 1 << 30 or is_worker(pid, tid)
+    )
+    with freeze(target.pid, timeout_s=60) as frozen:
+        assert frozen.has_kernel_workers
+        assert set(frozen.threads) == set(whole(target.pid))
     target.judge()
 
 
