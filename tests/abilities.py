@@ -110,7 +110,9 @@ def _ptrace() -> bool:
 
 
 def _realtime() -> bool:
-    """A child may take a real-time priority (CAP_SYS_NICE or RLIMIT_RTPRIO)."""
+    """A child may take a real-time priority (CAP_SYS_NICE or RLIMIT_RTPRIO), and need not share one CPU with others."""
+    if len(os.sched_getaffinity(0)) < 2:
+        return False
     child = os.fork()
     if child == 0:
         try:
