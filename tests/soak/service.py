@@ -197,7 +197,7 @@ def _check_store(path: Path) -> None:
     """Whatever is in the store is whole."""
     if not path.exists():
         return
-    store = Store.open(path)
+    store = Store.open(path, create=True)  # a service killed as it made one leaves that to the next
     for info in store.images():
         if info.damaged:
             raise Harmed(f"image {info.id} is damaged")
