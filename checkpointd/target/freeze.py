@@ -304,23 +304,21 @@ def freeze(pid: int, *, timeout_s: float = 5.0) -> Frozen:
         _read_threads(frozen, blocked)
         hit("freeze.done")
     except BaseException as error:
-        try:
-            if isinstance(error, ProcessLookupError | ChildProcessError):
-                raise attachable.gone(pid) from error
-            raise
-        except TargetGone as gone:
-            _let_go(frozen)
+        _let_go(frozen)
+        if isinstance(error, ProcessLookupError | ChildProcessError | TargetGone):
             # on the way through an execve of another thread what is left of the old program looks dead or gone
             if attachable.comes_to_life(pid):
-                raise _replaced(pid) from gone
-            raise
-        finally:
-            _let_go(frozen)
+                raise _replaced(pid) from error
+            if not isinstance(error, TargetGone):
+                raise attachable.gone(pid) from error
+        raise
     return frozen
 
 
 def _let_go(frozen: Frozen) -> None:
     """Thaw, and let go also of a thread that an execve has given another one's id since it was seized.
+
+    Those that could not be let go in all the time there is are left to the end of this process.
 
     Raises:
         Busy: see `Frozen.thaw`.
@@ -328,7 +326,9 @@ def _let_go(frozen: Frozen) -> None:
     frozen.thaw()
     pid, deadline = frozen.pid, time.monotonic() + _LINGER_S
     while strays := [
-        tid for tid in attachable.thread_ids(pid) if attachable.lives(pid, tid) and is_traced_by_us(pid, tid)
+        tid
+        for tid in attachable.thread_ids(pid)
+        if tid not in _attached and attachable.lives(pid, tid) and is_traced_by_us(pid, tid)
     ]:
         released = [release(pid, tid, deadline) for tid in strays]
         if not all(released):
