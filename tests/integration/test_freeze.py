@@ -401,9 +401,9 @@ def test_the_time_slept_is_known_even_after_injection(start, mode):
 _GIVES_UP = """
 import sys
 from checkpointd.errors import CheckpointError
-from checkpointd.target import attachable, freeze
+from checkpointd.target import attachable, freeze, stopping
 attachable.wait_until_interruptible = lambda *args: set()
-freeze._LINGER_S = 0.1
+stopping.LINGER_S = 0.1
 print("ready", flush=True)
 sys.stdin.readline()
 try:
