@@ -19,6 +19,7 @@ import mmap
 import os
 import shutil
 import signal
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,14 @@ def _ptrace() -> bool:
         os.kill(child, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
+
+
+def _tcp_md5() -> bool:
+    """A key for one peer, by TCP_MD5SIG."""
+    peer = struct.pack("=HH4s120x", socket.AF_INET, 0, socket.inet_aton("127.0.0.1"))
+    with socket.socket() as probe:
+        probe.setsockopt(6, 14, peer + struct.pack("=BBHi80s", 0, 0, 3, 0, b"key"))
+    return True
 
 
 def _realtime() -> bool:
@@ -269,6 +278,7 @@ ABILITIES: dict[str, Callable[[], bool]] = {
     "root": _root,
     "ptrace": _ptrace,
     "realtime": _realtime,
+    "tcp_md5": _tcp_md5,
     "uffd_wp": _uffd_wp,
     "holes_are_written": _holes_are_written,
     "pagemap_scan": _pagemap_scan,

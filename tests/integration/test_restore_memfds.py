@@ -80,7 +80,7 @@ def _start(*args: str | Path) -> subprocess.Popen[str]:
     assert child.stdout is not None and child.stderr is not None
     if child.stdout.readline() != "ready\n":
         child.kill()
-        pytest.skip(f"this kernel lacks something: {child.stderr.read()[-200:]}")
+        pytest.fail(child.stderr.read())
     return child
 
 

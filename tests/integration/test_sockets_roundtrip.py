@@ -457,7 +457,8 @@ def test_listener_without_a_name_of_its_own_listens_all_the_same(tmp_path):
             )
 
 
-def test_names_that_were_borrowed_are_removed_though_the_process_dies(tmp_path, monkeypatch):
+def connection_of_a_removed_listener(tmp_path):
+    """Its name, and the files of a process that had both its ends."""
     path = str(tmp_path / "server")
     setup = f"""
 l = socket.socket(1); l.bind({path!r}); l.listen(); c = socket.socket(1); c.connect({path!r}); a, _ = l.accept()
@@ -466,6 +467,11 @@ os.dup2(c.fileno(), 20); os.dup2(a.fileno(), 21); l.close(); os.unlink({path!r})
     with driven(**QUIET) as target:
         target.do(setup)
         state, contents, _ = save(target)
+        return path, state, contents
+
+
+def test_names_that_were_borrowed_are_removed_though_the_process_dies(tmp_path, monkeypatch):
+    path, state, contents = connection_of_a_removed_listener(tmp_path)
     accept = OwnSockets._accept
 
     def die(self, listener):
@@ -481,14 +487,7 @@ os.dup2(c.fileno(), 20); os.dup2(a.fileno(), 21); l.close(); os.unlink({path!r})
 
 
 def test_a_stranger_who_finds_a_borrowed_name_gets_nothing(tmp_path, monkeypatch):
-    path = str(tmp_path / "server")
-    setup = f"""
-l = socket.socket(1); l.bind({path!r}); l.listen(); c = socket.socket(1); c.connect({path!r}); a, _ = l.accept()
-os.dup2(c.fileno(), 20); os.dup2(a.fileno(), 21); l.close(); os.unlink({path!r})
-"""
-    with driven(**QUIET) as target:
-        target.do(setup)
-        state, contents, _ = save(target)
+    path, state, contents = connection_of_a_removed_listener(tmp_path)
     listener, stranger = OwnSockets._listener, socket.socket(socket.AF_UNIX)
 
     def found(self, kind, bind):
