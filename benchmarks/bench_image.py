@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the image room costs: writing against a raw write of two threads, reading against the depth of a chain.
+"""What the image room costs: hashing by the library against the package, writing against a raw write of two threads,
+reading against the depth of a chain.
 
-    python benchmarks/bench_image.py [--size-mib 1024] [--repeats 7] [--dir /dev/shm] [--json FILE]
+    python benchmarks/bench_image.py [hash write depth] [--size-mib 1024] [--repeats 7] [--dir /dev/shm] [--json FILE]
 
+The limit of hashing is the xxhash package, which keeps Python's lock; both hash blocks of 1 MiB that lie in the cache.
 The limit of a write is two threads that only write (with zstd: only compress and write) the same memory.  The
 limit of a read is the same generation as one flat image.  Every figure is the median of `--repeats` rounds (best
 and worst beside it), with the limit measured in the same rounds, alternating, after one warm-up.  Memory is
@@ -20,12 +22,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zstandard
 
+from checkpointd.image import xxh3
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE
 
@@ -88,6 +92,40 @@ def summary(times: list[float], size_bytes: int) -> dict[str, float]:
         "worst_ms": round(max(times) * 1e3, 1),
         "gb_per_s": round(size_bytes / median / 1e9, 2),
     }
+
+
+def bench_hash(size_mib: int, repeats: int) -> list[dict[str, Any]]:
+    """The digests of all pages: by `xxh3.best_hasher` against the package."""
+    blocks = [make_memory(MIB // PAGE_SIZE, "random").reshape(-1) for _ in range(2)]
+    package, best = xxh3.PackageHasher(), xxh3.best_hasher()
+    rows = []
+    for threads in (1, 2):
+
+        def run(hasher: xxh3.Hasher, threads: int = threads) -> None:
+            def work(block: np.ndarray) -> None:
+                for _ in range(size_mib // threads):
+                    hasher.pages(block, 7)
+
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(work, blocks[:threads]))
+
+        limits, ours = [], []
+        for round_number in range(repeats + 1):
+            limit = timed(lambda run=run: run(package), lambda: None)
+            our = timed(lambda run=run: run(best), lambda: None)
+            if round_number:
+                limits.append(limit)
+                ours.append(our)
+        rows.append(
+            {
+                "what": f"hash pages, threads={threads}, {type(best).__name__}",
+                **summary(ours, size_mib * MIB),
+                "limit_ms": summary(limits, size_mib * MIB)["median_ms"],
+                "limit_share": round(statistics.median(limits) / statistics.median(ours), 2),
+            }
+        )
+        print_row(rows[-1])
+    return rows
 
 
 def bench_write(directory: str, size_mib: int, repeats: int) -> list[dict[str, Any]]:
@@ -218,16 +256,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help="of hash, write, depth; all when none is named"
+    )
     parser.add_argument("--size-mib", type=int, default=1024)
     parser.add_argument("--depth-size-mib", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dir", default="/dev/shm")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    cases = options.cases or ["hash", "write", "depth"]
+    if unknown := set(cases) - {"hash", "write", "depth"}:
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
     directory = tempfile.mkdtemp(prefix="bench-image-", dir=options.dir)
+    rows: list[dict[str, Any]] = []
     try:
-        rows = bench_write(directory, options.size_mib, options.repeats)
-        rows += bench_depth(directory, options.depth_size_mib, options.repeats)
+        if "hash" in cases:
+            rows += bench_hash(options.size_mib, options.repeats)
+        if "write" in cases:
+            rows += bench_write(directory, options.size_mib, options.repeats)
+        if "depth" in cases:
+            rows += bench_depth(directory, options.depth_size_mib, options.repeats)
     finally:
         shutil.rmtree(directory)
     if options.json:

@@ -61,6 +61,7 @@ class PageServer:
         self._store_path = ""
         self._parent: Image | None = None
         self._builder: ImageBuilder | None = None
+        self._committed = ""  # not yet loaded
         self.writing = threading.Event()
         self._buffer: PageBuffer | None = None
         self._copied: list[tuple[int, Runs, int]] = []  # (object, runs, offset in the buffer)
@@ -162,13 +163,9 @@ class PageServer:
         builder = self._need()
         counts, nr_inherited = builder.counts, builder.nr_inherited
         info = builder.commit(meta=meta, state=state)
-        self._builder = None
+        self._builder = self._parent = None
+        self._committed = info.id
         self.writing.clear()
-        if self._store is not None:
-            self._parent = None
-            # most likely the next parent: its index is warm then; the image is durable whatever becomes of this
-            with contextlib.suppress(CheckpointError, OSError):
-                self._parent = self._store.load(info.id)
         return {
             **info.to_dict(),
             "pages_zero": counts.zero,
@@ -176,6 +173,13 @@ class PageServer:
             "pages_written": counts.written,
             "nr_inherited": nr_inherited,
         }
+
+    def look_ahead(self) -> None:
+        """Load the image just committed, most likely the next parent.  The agent need not wait for it."""
+        image_id, self._committed = self._committed, ""
+        if image_id and self._store is not None:
+            with contextlib.suppress(CheckpointError, OSError):  # it is durable whatever becomes of this
+                self._parent = self._store.load(image_id)
 
     def abort(self) -> None:
         if self._builder is not None:
@@ -286,6 +290,7 @@ def serve(fd: int, buffer_bytes: int) -> None:
             connection.send(answer)
         except OSError:
             break
+        server.look_ahead()
     server.abort()
 
 

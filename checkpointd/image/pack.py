@@ -26,7 +26,7 @@ import zstandard
 
 from checkpointd.errors import ImageDamaged
 from checkpointd.image import files
-from checkpointd.image.digest import DIGEST_BYTES, Bytes, Digests
+from checkpointd.image.digest import Bytes, Digests
 from checkpointd.image.format import (
     BLOCK,
     BLOCK_PAGES,
@@ -45,6 +45,7 @@ from checkpointd.image.format import (
     checksum,
     decompress,
 )
+from checkpointd.image.xxh3 import DIGEST_BYTES
 from checkpointd.memory import PAGE_SIZE
 
 Marks = npt.NDArray[np.bool_]

@@ -9,12 +9,12 @@ Source: clone(2), Linux kernel/fork.c.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import signal
 import struct
 from collections.abc import Sequence
+
+from checkpointd.native import NativeFunction
 
 CLONE_VM = 0x100
 CLONE_FS = 0x200
@@ -66,26 +66,14 @@ def entry_result(table: bytes | bytearray, index: int) -> int:
     return int.from_bytes(table[at : at + 8], "little", signed=True)
 
 
-class NativeCode:
-    """Machine code in executable memory of ours, called as a C function of longs."""
-
-    def __init__(self, code: bytes) -> None:
-        size = -(-len(code) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._area = mmap.mmap(
-            -1,
-            size,
-            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC,
-        )
-        self._area.write(code)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._area))
-        self._function = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_ulong] * 6)(address)
+class NativeCode(NativeFunction):
+    """A native function that may make a child which shares our memory."""
 
     def __call__(self, *args: int) -> int:
-        """Run it with all signals of this thread blocked: no handler may run in a child that shares our memory."""
+        """Run it with all signals of this thread blocked: no handler may run in such a child."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            return int(self._function(*(arg & _MASK for arg in args), *(0,) * (6 - len(args))))
+            return super().__call__(*args)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

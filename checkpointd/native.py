@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calling machine code of ours in our own process.
+
+For the few things that neither Python nor a library can do: a clone whose child makes prepared calls (linux/clone.py),
+a library function for each of many pages without a step of Python for each (image/xxh3.py).  The code is assembled
+beforehand and lies in the `blobs` beside its source.
+
+Raises OSError where the kernel or a security module gives no executable memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+MAX_ARGS = 6
+_MASK = (1 << 64) - 1
+
+
+class NativeFunction:
+    """Machine code in executable memory of ours: a C function of up to six longs, called without the GIL."""
+
+    def __init__(self, code: bytes) -> None:
+        size = -(-len(code) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._area = mmap.mmap(
+            -1,
+            size,
+            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC,
+        )
+        self._area.write(code)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._area))
+        self._function = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_ulong] * MAX_ARGS)(address)
+
+    def __call__(self, *args: int) -> int:
+        return int(self._function(*(arg & _MASK for arg in args), *(0,) * (MAX_ARGS - len(args))))
