@@ -12,86 +12,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from checkpointd.errors import CheckpointError, ImageDamaged, RestoreConflict, TargetGone, Unsupported
+from checkpointd.errors import RestoreConflict
 from checkpointd.linux import capability as cap
 from checkpointd.linux.arch import Nr
 from checkpointd.memory import VmaKind
 from checkpointd.procfs import maps
-from checkpointd.procfs.process import autogroup, read_stat, read_status
+from checkpointd.procfs.process import read_stat, read_status
 from checkpointd.restore.restorer import RestoreOptions
 from checkpointd.restore.stub import Stub
 from checkpointd.state.files import FilesOptions
 from checkpointd.state.memory import VmaState
 from checkpointd.target.process import prepare_process
 from checkpointd.target.remote import Call
-from checkpointd.tracepoint import clear, register
-from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore, wait_gone
+from tests.programs.python_program import PROGRAM, Program
+from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore
 
-PROGRAM = Path(__file__).parent.parent / "programs" / "restore_python_program.py"
 pytestmark = pytest.mark.skipif(
     not cap.has(cap.effective(), cap.CAP_CHECKPOINT_RESTORE) or os.geteuid() != 0,
     reason="choosing process ids needs root",
 )
-
-
-class Program:
-    """The Python program, whoever is its parent just now."""
-
-    def __init__(self, directory: Path, python: str) -> None:
-        self.progress = directory / "progress"
-        self.errors = directory / "errors"
-        with self.errors.open("wb") as errors:
-            self.child = subprocess.Popen(
-                [python, PROGRAM, self.progress],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                start_new_session=True,
-                cwd=directory,
-            )
-        self.pid = self.child.pid
-        self.wait_rounds(3)
-
-    def read(self) -> list[int]:
-        try:
-            return [int(word) for word in self.progress.read_text().split()]
-        except OSError:
-            return []
-
-    def wait_rounds(self, nr: int, pid: int | None = None) -> list[int]:
-        """Wait until it has made `nr` more rounds."""
-        first = self.read()
-        deadline = time.monotonic() + 60
-        while True:
-            now = self.read()
-            if now and now[0] == (pid or self.pid) and now[1] >= (first[1] if first else 0) + nr:
-                return now
-            assert time.monotonic() < deadline, self.errors.read_text() or now
-            time.sleep(0.005)
-
-    def kill(self) -> None:
-        kill_and_reap(self.child if self.child.poll() is None else self.pid)
-        wait_gone(self.pid)
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Iterator[Program]:
-    found = Program(tmp_path, sys.executable)
-    yield found
-    found.kill()
-
-
-@pytest.fixture
-def killed(program: Program) -> Captured:
-    """The capture of a program that is dead."""
-    captured = capture(program.pid, kill=True)
-    program.kill()
-    return captured
 
 
 def test_python_with_threads_works_on_over_many_cycles(program: Program) -> None:
@@ -306,165 +250,6 @@ def test_unreaped_original_is_waited_for(program: Program) -> None:
     program.wait_rounds(3)
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A C program of one's own file, which maps another one."""
-    source = tmp_path / "small.c"
-    source.write_text(
-        "#include <fcntl.h>\n#include <sys/mman.h>\n#include <unistd.h>\n#include <sys/stat.h>\n"
-        "int main(int c, char **v) { mkdir(v[2], 0700); if (chdir(v[2])) return 1; int fd = open(v[1], O_RDONLY);\n"
-        "  volatile char *p = mmap(0, 4096, PROT_READ, MAP_PRIVATE, fd, 0); close(fd); (void)*p;\n"
-        '  if (write(1, "r", 1) != 1) return 2; for (;;) usleep(10000); }\n'
-    )
-    binary, mapped = tmp_path / "small", tmp_path / "mapped"
-    subprocess.run(["gcc", "-O1", "-o", binary, source], check=True)
-    mapped.write_bytes(b"x" * 5000)
-    child = subprocess.Popen(
-        [binary, mapped, tmp_path / "cwd"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert child.stdout is not None
-    assert child.stdout.read(1) == b"r"
-    child.stdout.close()
-    yield child
-    child.kill()
-    child.wait()
-    if Path(f"/proc/{child.pid}").exists():
-        kill_and_reap(child.pid)
-
-
-@pytest.mark.parametrize("how", ["gone", "longer", "newer"])
-def test_changed_files_are_named(small: subprocess.Popen[bytes], tmp_path: Path, how: str) -> None:
-    captured = capture(small.pid, kill=True, with_files=False)
-    kill_and_reap(small)
-    mapped = tmp_path / "mapped"
-    if how == "gone":
-        mapped.unlink()
-    elif how == "longer":
-        stat = mapped.stat()
-        mapped.write_bytes(b"x" * 6000)
-        os.utime(mapped, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    else:
-        os.utime(mapped)
-    with pytest.raises(RestoreConflict, match=str(mapped)) as caught:
-        restore(captured)
-    assert caught.value.hint
-    assert not Path(f"/proc/{small.pid}").exists()
-
-
-def test_all_conflicts_are_named_at_once(small: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    captured = capture(small.pid, kill=True, with_files=False)
-    kill_and_reap(small)
-    (tmp_path / "cwd").rmdir()
-    os.utime(tmp_path / "mapped")
-    with pytest.raises(RestoreConflict) as caught:
-        restore(captured)
-    text = " ".join(caught.value.details["conflicts"])
-    assert "cwd" in text
-    assert "mapped" in text
-
-
-def changed(captured: Captured, **process: object) -> Captured:
-    state = captured.state
-    return dataclasses.replace(
-        captured, state=dataclasses.replace(state, process=dataclasses.replace(state.process, **process))
-    )
-
-
-def test_another_kernel_s_vdso_is_refused(killed: Captured) -> None:
-    space = dataclasses.replace(killed.state.address_space, vdso=b"\x90" * 8192)
-    other = dataclasses.replace(killed, state=dataclasses.replace(killed.state, address_space=space))
-    with pytest.raises(Unsupported, match="vdso"):
-        restore(other)
-
-
-def test_a_cpu_with_less_is_refused(killed: Captured) -> None:
-    cpu = killed.state.process.cpu
-    more = dataclasses.replace(cpu, flags=cpu.flags | {"avx9999"})
-    with pytest.raises(Unsupported, match="avx9999"):
-        restore(changed(killed, cpu=more))
-    more = dataclasses.replace(cpu, xfeatures=cpu.xfeatures | 1 << 40)
-    with pytest.raises(Unsupported, match="register components"):
-        restore(changed(killed, cpu=more))
-    wait_gone(killed.state.process.pid)
-
-
-def test_damaged_registers_leave_nothing(killed: Captured) -> None:
-    leader, *others = killed.state.process.threads
-    bad = dataclasses.replace(leader, xstate=leader.xstate[:520] + b"\xff" * 8 + leader.xstate[528:])
-    with pytest.raises(ImageDamaged):
-        restore(changed(killed, threads=(bad, *others)))
-    wait_gone(killed.state.process.pid)
-
-
-def test_pages_outside_of_mappings_are_refused(killed: Captured) -> None:
-    killed.image.content[0][0x10] = b"x" * 4096
-    with pytest.raises(ImageDamaged):
-        restore(killed)
-    wait_gone(killed.state.process.pid)
-
-
-# ---- what is left when it fails
-
-
-PHASES = ["check", "spawn", "map", "memory", "finish", "files", "threads", "release"]
-
-
-@pytest.mark.parametrize("phase", PHASES[:-1])
-def test_failure_at_every_phase_leaves_nothing_and_the_next_try_works(
-    killed: Captured, program: Program, phase: str
-) -> None:
-    def fail(name: str) -> None:
-        raise RuntimeError(name)
-
-    fds = len(os.listdir("/proc/self/fd"))
-    register(f"restore.{phase}", fail)
-    try:
-        with pytest.raises(RuntimeError):
-            restore(killed)
-    finally:
-        clear()
-    wait_gone(killed.state.process.pid)
-    assert len(os.listdir("/proc/self/fd")) == fds
-    restore(killed)
-    program.wait_rounds(3)
-
-
-@pytest.mark.parametrize("phase", [*PHASES[1:-1], "release"])
-def test_restorer_killed_at_every_phase_leaves_nothing_half_made(
-    killed: Captured, program: Program, phase: str
-) -> None:
-    before = program.read()
-    child = os.fork()
-    if child == 0:
-        register(f"restore.{phase}", lambda name: os.kill(os.getpid(), signal.SIGKILL), at=1)
-        try:
-            restore(killed)
-        finally:
-            os._exit(7)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    if phase == "release":  # the last thread had been let go
-        program.wait_rounds(3)
-        return
-    wait_gone(program.pid)
-    assert program.read() == before  # it never ran
-
-
-def test_process_killed_while_it_is_rebuilt(killed: Captured, program: Program) -> None:
-    def kill_it(stub: Stub) -> None:
-        os.kill(stub.pid, signal.SIGKILL)
-
-    with pytest.raises((TargetGone, CheckpointError)):
-        restore(killed, options=RestoreOptions(wait_for_ids_s=20, before_release=kill_it))
-    wait_gone(program.pid)
-
-
-# ---- what cannot be saved
-
-
 def test_many_pages_are_written_by_several_threads(tmp_path: Path) -> None:
     """The figures are printed with -s."""
     code = (
@@ -489,47 +274,6 @@ def test_many_pages_are_written_by_several_threads(tmp_path: Path) -> None:
         assert read_stat(restored.pid).state in "SR"
     finally:
         kill_and_reap(restored.pid)
-
-
-def test_state_without_a_leader_is_refused(killed: Captured) -> None:
-    with pytest.raises(CheckpointError, match="main thread"):
-        restore(changed(killed, threads=()))
-
-
-# ---- sessions, and users without privileges
-
-
-def test_session_of_a_dead_leader_is_made_again(tmp_path: Path) -> None:
-    progress, pid_file = tmp_path / "progress", tmp_path / "pid"
-    script = f'"{sys.executable}" "{PROGRAM}" "{progress}" </dev/null >"{tmp_path}/out" 2>&1 & echo $! >"{pid_file}"'
-    leader = subprocess.Popen(["sh", "-c", script], start_new_session=True)
-    leader.wait()
-    pid = int(pid_file.read_text())
-    deadline = time.monotonic() + 30
-    while not progress.exists() or not progress.read_text().strip():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    captured = capture(pid, kill=True)
-    wait_gone(pid)
-    assert captured.state.process.sid == leader.pid
-    restored = restore(captured)
-    try:
-        stat = read_stat(restored.pid)
-        assert (restored.pid, stat.session, stat.pgrp) == (pid, leader.pid, leader.pid)
-        assert not Path(f"/proc/{leader.pid}").exists()
-    finally:
-        kill_and_reap(restored.pid)
-
-
-@pytest.mark.skipif(autogroup(os.getpid())[1] is None, reason="no autogroups in this kernel, or switched off")
-def test_nice_value_of_the_session_comes_back(program: Program) -> None:
-    ours = autogroup(os.getpid())
-    Path(f"/proc/{program.pid}/autogroup").write_text("7")
-    captured = capture(program.pid, kill=True)
-    program.kill()
-    restored = restore(captured)
-    assert autogroup(restored.pid)[1] == 7
-    assert autogroup(os.getpid()) == ours
 
 
 SEMAPHORES = """
@@ -570,28 +314,6 @@ def test_what_semaphores_would_undo_is_told(how: str, told: str) -> None:
         child.wait()
         child.stdout.close()
         ctypes.CDLL(None).semctl(int(semid), 0, 0)  # IPC_RMID
-
-
-def test_session_of_somebody_else_becomes_its_own(program: Program) -> None:
-    # not our own session: in a container that has no id where we are
-    other = subprocess.Popen(["sleep", "600"], start_new_session=True)
-    try:
-        captured = capture(program.pid, kill=True)
-        program.kill()
-        restored = restore(changed(captured, sid=other.pid, pgid=program.pid))
-        assert any(f"session {other.pid}" in warning for warning in restored.warnings)
-        assert read_stat(restored.pid).session == restored.pid
-    finally:
-        other.kill()
-        other.wait()
-
-
-def test_session_outside_of_the_pid_namespace_becomes_its_own(program: Program) -> None:
-    captured = capture(program.pid, kill=True)
-    program.kill()
-    restored = restore(changed(captured, sid=0, pgid=0))
-    assert any("session" in warning for warning in restored.warnings)
-    assert read_stat(restored.pid).session == restored.pid
 
 
 UNPRIVILEGED = """

@@ -11,8 +11,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +69,11 @@ class Captured:
     image: MemoryImage
     state: ImageState
     frozen_us: int
+
+    def changed(self, **process: Any) -> Captured:
+        """Itself, with these attributes of its process."""
+        other = replace(self.state, process=replace(self.state.process, **process))
+        return replace(self, state=other)
 
 
 def capture(
