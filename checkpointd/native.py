@@ -5,16 +5,19 @@ For the few things that neither Python nor a library can do: a clone whose child
 a library function for each of many pages without a step of Python for each (image/xxh3.py).  The code is assembled
 beforehand and lies in the `blobs` beside its source.
 
-Raises OSError where the kernel or a security module gives no executable memory.
+Raises OSError where the kernel or a security module (SELinux execmem, systemd's MemoryDenyWriteExecute=) gives no
+executable memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 
 MAX_ARGS = 6
 _MASK = (1 << 64) - 1
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NativeFunction:
@@ -22,14 +25,13 @@ class NativeFunction:
 
     def __init__(self, code: bytes) -> None:
         size = -(-len(code) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._area = mmap.mmap(
-            -1,
-            size,
-            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC,
-        )
+        self._area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._area.write(code)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._area))
+        # never writable and executable at once: it stays for as long as we run
+        if _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_EXEC):
+            number = ctypes.get_errno()
+            raise OSError(number, f"mprotect: {os.strerror(number)}")
         self._function = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_ulong] * MAX_ARGS)(address)
 
     def __call__(self, *args: int) -> int:

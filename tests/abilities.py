@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from xxhash import _xxhash
 
 REQUIRE = "CHECKPOINTD_REQUIRE"
 PAGE = 4096
@@ -130,6 +131,20 @@ def _realtime() -> bool:
             os._exit(1)
         os._exit(0)
     return os.waitpid(child, 0)[1] == 0
+
+
+def _c_xxh3() -> bool:
+    """A library with XXH3 in C that looks at the CPU (the package's own, Debian's), and memory to call it from."""
+    if os.uname().machine != "x86_64":
+        return False
+    mmap.mmap(
+        -1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ | mmap.PROT_EXEC
+    ).close()
+    for library in (_xxhash.__file__, "libxxhash.so.0"):
+        with contextlib.suppress(OSError):
+            if hasattr(ctypes.CDLL(library), "XXH3_128bits_withSeed_dispatch"):
+                return True
+    return False
 
 
 def _area() -> tuple[mmap.mmap, int]:
@@ -278,6 +293,7 @@ ABILITIES: dict[str, Callable[[], bool]] = {
     "root": _root,
     "ptrace": _ptrace,
     "realtime": _realtime,
+    "c_xxh3": _c_xxh3,
     "tcp_md5": _tcp_md5,
     "uffd_wp": _uffd_wp,
     "holes_are_written": _holes_are_written,

@@ -504,7 +504,7 @@ class Dumper:
         """The forked copy is the target's zombie until the target waits for it."""
         with (
             contextlib.suppress(CheckpointError, OSError),
-            self._ahead_of_others(),
+            AheadOfOthers(threading.get_native_id()),
             freeze(self.pid) as frozen,
         ):
             note_sleeps(frozen, self.sleeps)

@@ -178,7 +178,9 @@ class PageServer:
         """Load the image just committed, most likely the next parent.  The agent need not wait for it."""
         image_id, self._committed = self._committed, ""
         if image_id and self._store is not None:
-            with contextlib.suppress(CheckpointError, OSError):  # it is durable whatever becomes of this
+            with contextlib.suppress(
+                Exception
+            ):  # it is durable, whatever becomes of this; `begin` loads it then
                 self._parent = self._store.load(image_id)
 
     def abort(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""clone3(2) for making a process or thread with a wanted id, and a way to run machine code in our own process.
+"""clone3(2) for making a process or thread with a wanted id, and machine code of ours that makes the call.
 
 Raises OSError only: EEXIST (an id is in use, a zombie's too), EPERM (ids need CAP_CHECKPOINT_RESTORE or
 CAP_SYS_ADMIN), EAGAIN (RLIMIT_NPROC, pids.max).
