@@ -382,10 +382,12 @@ class Dumper:
             return
         if sum(source.object.size_bytes for source in captured.sources) > _SMALL_OBJECTS_BYTES:
             return
-        now, _ = split_by_code(work.private_requests(runs, vmas), vmas)
+        now, in_code = split_by_code(work.private_requests(runs, vmas), vmas)
         for request in now:
             work.early = merge_runs(joined(work.early, request.runs))
         if len(work.early):
+            for request in in_code:
+                work.after_early = merge_runs(joined(work.after_early, request.runs))
             self._worker.start_copy(now)
             work.has_begun = True
 
@@ -412,18 +414,24 @@ class Dumper:
         stats = work.stats
         trusted = self._is_trusted(work)
         stats.backend, stats.backend_reason = self.choice.backend, self.choice.reason
-        clean, dirty = found.clean, found.dirty
-        if not trusted and len(clean):
-            dirty, clean = merge_runs(joined(clean, dirty)), NO_RUNS
         if stats.parent_id and not trusted and self.choice.backend != "content":
             stats.backend = "content"
             stats.backend_reason = "tracking did not begin at the parent image: content was compared"
-        for vma in captured.read_whole:
-            whole = runs_of_range(vma.start, vma.end)
-            clean, dirty = subtract_runs(clean, whole), merge_runs(joined(dirty, whole))
-        work.clean = clean
-        work.copies = work.private_requests(subtract_runs(dirty, work.early), vmas)
-        stats.pages_scanned = nr_pages_in(clean) + nr_pages_in(dirty)
+        if work.has_begun and found.unread is not None and not captured.read_whole:
+            # the target need not wait for the rest of what was found
+            work.found = found
+            dirty = merge_runs(joined(found.unread, work.after_early))
+        else:
+            clean, dirty = found.clean, found.dirty
+            if not trusted and len(clean):
+                dirty, clean = merge_runs(joined(clean, dirty)), NO_RUNS
+            for vma in captured.read_whole:
+                whole = runs_of_range(vma.start, vma.end)
+                clean, dirty = subtract_runs(clean, whole), merge_runs(joined(dirty, whole))
+            work.clean = clean
+            stats.pages_scanned = nr_pages_in(clean) + nr_pages_in(dirty)
+            dirty = subtract_runs(dirty, work.early)
+        work.copies = work.private_requests(dirty, vmas)
         for source, runs in zip(captured.sources, held_by(self.pid, captured.sources, vmas), strict=True):
             stats.pages_scanned += nr_pages_in(runs)
             work.copies += object_requests(self.pid, source, runs)
@@ -436,7 +444,8 @@ class Dumper:
 
     def _wants_fork(self, options: DumpOptions, work: Work) -> bool:
         private = sum(nr_pages_in(r.runs) for r in work.copies if r.obj == PRIVATE_OBJECT)
-        return self._fork_pays(options, private, private + nr_pages_in(work.clean))
+        nr_clean = work.nr_resident if work.found else nr_pages_in(work.clean)
+        return self._fork_pays(options, private, private + nr_clean)
 
     def _fork_pays(self, options: DumpOptions, nr_dirty: int, nr_present: int) -> bool:
         if options.kill or options.read_mode == "stopped" or not self._may_fork:
@@ -463,6 +472,9 @@ class Dumper:
     def _finish(self, options: DumpOptions, parent: str, work: Work, report: Report) -> None:
         report("encoding", 0, 0)
         at = time.monotonic_ns()
+        if work.found is not None:
+            work.clean = work.found.clean
+            work.stats.pages_scanned += nr_pages_in(work.clean) + nr_pages_in(work.found.dirty)
         if parent and len(work.clean):
             self._worker.inherit(work.clean)
         self._worker.encode(work.limits.after_thaw("encoding", report))

@@ -18,6 +18,7 @@ from checkpointd.stats import DumpStats
 from checkpointd.target.files import FilesDraft
 from checkpointd.target.policies import NO_POLICIES, Policies
 from checkpointd.target.process import ProcessDraft
+from checkpointd.tracking.base import Collection
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Work:
         has_begun: reading began while the tracker was still collecting.
         early: the pages of that; not in `copies`.
         nr_resident: pages the target held before the freeze, about.
+        found: what the tracker said, where the rest of it is asked for after the thaw.
+        after_early: pages that the tracker told of early but must be read later.
         clean: pages taken from the parent.
         alone: pages that nobody else mapped before the freeze, and how to tell inside that it is still so.
     """
@@ -39,6 +42,8 @@ class Work:
     has_begun: bool = False
     early: Runs = field(default_factory=lambda: NO_RUNS)
     nr_resident: int = 0
+    found: Collection | None = None
+    after_early: Runs = field(default_factory=lambda: NO_RUNS)
     clean: Runs = field(default_factory=lambda: NO_RUNS)
     state: ImageState | None = None
     process_draft: ProcessDraft | None = None

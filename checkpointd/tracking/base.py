@@ -33,23 +33,60 @@ class TrackingLostError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Collection:
-    """What a tracker found.  Runs of page numbers of the private object, sorted, disjoint.
+class Found:
+    """Runs of page numbers of the private object, sorted, disjoint.
 
     Attributes:
         clean: pages that hold data and did not change since the last committed collection.
         dirty: all other pages that hold data.
-        guards: pages of guard regions (MADV_GUARD_INSTALL); they hold nothing.
         nr_reported: pages the kernel's tracker itself called dirty (for `measure`; equals dirty where it
             cannot be told apart).
-        forced: pages in `dirty` only because their kind cannot be tracked (pinned, foreign uffd, KSM, ...).
     """
 
     clean: Runs = field(default_factory=lambda: NO_RUNS)
     dirty: Runs = field(default_factory=lambda: NO_RUNS)
-    guards: Runs = field(default_factory=lambda: NO_RUNS)
     nr_reported: int = 0
-    forced: Runs = field(default_factory=lambda: NO_RUNS)
+
+
+class Collection:
+    """What a tracker found.
+
+    What the target need not stand still for is worked out when it is first asked for: see `Found`.
+
+    Attributes:
+        guards: pages of guard regions (MADV_GUARD_INSTALL); they hold nothing.
+        forced: pages in `dirty` only because their kind cannot be tracked (pinned, foreign uffd, KSM, ...).
+        unread: the dirty pages that `Space.early` was not told of; None: `dirty`.
+    """
+
+    def __init__(
+        self,
+        found: Found | Callable[[], Found],
+        *,
+        guards: Runs = NO_RUNS,
+        forced: Runs = NO_RUNS,
+        unread: Runs | None = None,
+    ) -> None:
+        self._found = found
+        self.guards, self.forced, self.unread = guards, forced, unread
+
+    @property
+    def found(self) -> Found:
+        if not isinstance(self._found, Found):
+            self._found = self._found()
+        return self._found
+
+    @property
+    def clean(self) -> Runs:
+        return self.found.clean
+
+    @property
+    def dirty(self) -> Runs:
+        return self.found.dirty
+
+    @property
+    def nr_reported(self) -> int:
+        return self.found.nr_reported
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ full read at each.  On kernels without PAGEMAP_SCAN presence comes from pagemap 
 from __future__ import annotations
 
 from checkpointd.memory import merge_runs
-from checkpointd.tracking.base import Collection, Space
+from checkpointd.tracking.base import Collection, Found, Space
 from checkpointd.tracking.presence import Sight, look
 
 
@@ -25,7 +25,7 @@ class ContentTracker:
     def collect(self, space: Space) -> Collection:
         present = look(space, self._sight)
         data = merge_runs(present.runs)
-        return Collection(dirty=data, guards=present.guards)
+        return Collection(Found(dirty=data), guards=present.guards)
 
     def commit(self) -> None:
         """Nothing is pending: the next collection looks at everything again."""

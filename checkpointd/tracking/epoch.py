@@ -31,6 +31,10 @@ class Epochs:
             found = subtract_runs(found, unsafe)
         return found
 
+    def keeps(self, data: Runs) -> bool:
+        """Is all of `data`, as it was given to `close`, what may be called clean now?"""
+        return self.base is data and len(self._carried) == 0
+
     def close(self, data: Runs, dirty: Runs, always_dirty: Runs) -> None:
         """A collection has found so much, and is to be committed or rolled back.
 

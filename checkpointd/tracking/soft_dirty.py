@@ -45,7 +45,7 @@ from checkpointd.memory import (
     subtract_runs,
 )
 from checkpointd.procfs import clear_refs, ksm, maps
-from checkpointd.tracking.base import Collection, Space, TrackingLostError
+from checkpointd.tracking.base import Collection, Found, Space, TrackingLostError
 from checkpointd.tracking.canary import Canary
 from checkpointd.tracking.epoch import Epochs
 from checkpointd.tracking.presence import PresentRegions, Sight, look
@@ -131,10 +131,8 @@ class SoftDirtyTracker:
                 else "no page of the target can tell whether somebody else clears soft-dirty bits"
             )
         return Collection(
-            clean=clean,
-            dirty=dirty,
+            Found(clean, dirty, nr_pages_in(present.runs[is_dirty])),
             guards=present.guards,
-            nr_reported=nr_pages_in(present.runs[is_dirty]),
             forced=intersect_runs(dirty, space.always_dirty),
         )
 

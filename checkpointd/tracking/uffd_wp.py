@@ -45,7 +45,7 @@ from checkpointd.memory import (
     nr_pages_in,
     subtract_runs,
 )
-from checkpointd.tracking.base import Collection, Space, TrackingLostError
+from checkpointd.tracking.base import Collection, Found, Space, TrackingLostError
 from checkpointd.tracking.epoch import Epochs
 from checkpointd.tracking.presence import PresentRegions, anonymous_only, holding_data, scan_presence
 
@@ -68,12 +68,21 @@ _WRITTEN_RETURNED = ps.PAGE_IS_WRITTEN | ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED
 @dataclass(frozen=True, slots=True)
 class _Written:
     """Attributes:
-    seen: all pages that were written, emptied or are guards, whatever they hold.
-    present: those of them that hold data.
+    regions: all that was written, emptied or is a guard, whatever it holds; in any order.
+    present: the pages of these that hold data.
+    raced: some of them were written while we looked, and `Space.early` was not told of these.
     """
 
-    seen: Runs
+    regions: ps.Regions
     present: PresentRegions
+    raced: bool
+
+    def seen(self) -> Runs:
+        """The pages of all regions."""
+        regions = self.regions
+        return merge_runs(
+            np.stack((regions[:, 0], regions[:, 1] - regions[:, 0]), axis=1) >> np.uint64(PAGE_SHIFT)
+        )
 
 
 class UffdWpTracker:
@@ -88,6 +97,7 @@ class UffdWpTracker:
         self._has_guard_category = has_guard_category
         self._holes_are_written = holes_are_written
         self._epochs = Epochs()
+        self._last: Collection | None = None  # may still have to be worked out
         self._seen: Runs = NO_RUNS  # what held data at the last collection, committed or not
         self._own: Runs = NO_RUNS  # VMAs that were registered by us at the last collection
         self._may_be_stale = False
@@ -102,6 +112,7 @@ class UffdWpTracker:
         return self._walker_tid
 
     def collect(self, space: Space) -> Collection:
+        self._settle()
         known = self._known(space)
         present = self._present(space, known)
         tracepoint.hit("track.scanned")
@@ -115,7 +126,7 @@ class UffdWpTracker:
             return self._collect(space, present, known, foreign)
         except BaseException:
             # what was armed is not known: nothing is clean until a collection has looked at everything
-            self._seen = NO_RUNS
+            self._last, self._seen = None, NO_RUNS
             self._epochs.forget()
             self._may_be_stale = True
             raise
@@ -123,15 +134,22 @@ class UffdWpTracker:
     def _collect(
         self, space: Space, present: PresentRegions, known: set[int], foreign: set[int]
     ) -> Collection:
+        """Arm what is not armed yet, and tell what changed.
+
+        Of VMAs known before, what was written is armed and told of already.  What all their other pages are follows
+        from that, and is worked out after the thaw (`later`) where the last collection was committed and nothing is
+        suspect: each of them is clean then.
+        """
+        seen, always = self._seen, space.always_dirty
         written = self._take_written(space, sorted(known))
-        unchanged = subtract_runs(intersect_runs(self._seen, _ranges(space.vmas, known)), written.seen)
+        later = self._epochs.keeps(seen) and len(always) == 0 and not written.raced
+        unchanged = NO_RUNS if later else _unchanged(seen, space.vmas, known, written)
+        changed = NO_RUNS if later else written.present.runs
         armed = _union(self._armed(space, present, foreign), unchanged)
         # on kernels that leave stale write-protect bits after mremap a moved page may look armed: only the base decides
-        clean = self._epochs.clean(armed, space.always_dirty)
-        data = _union(present.runs, written.present.runs, unchanged)
+        clean = self._epochs.clean(armed, always)
+        data = _union(present.runs, changed, unchanged)
         dirty = subtract_runs(data, clean)
-        self._seen = data
-        self._epochs.close(data, dirty, space.always_dirty)
         self._lift_stale(space, present, foreign)
         anonymous = {n for n, vma in enumerate(space.vmas) if vma.kind is VmaKind.ANON}
         self._own = _ranges(space.vmas, anonymous - foreign)
@@ -139,16 +157,35 @@ class UffdWpTracker:
         late = self._arm(space, dirty, foreign | known)
         if len(late):
             dirty, data, clean = _union(dirty, late), _union(data, late), subtract_runs(clean, late)
-            self._seen = data
-            self._epochs.close(data, dirty, space.always_dirty)
         tracepoint.hit("track.armed")
-        return Collection(
-            clean=clean,
-            dirty=dirty,
+
+        def found() -> Found:
+            nr_reported = _nr_written(present) + _nr_written(written.present)
+            if not later:
+                return self._close(data, Found(clean, dirty, nr_reported), always)
+            rest, more = _unchanged(seen, space.vmas, known, written), written.present.runs
+            all_found = Found(_union(clean, rest), _union(dirty, more), nr_reported)
+            return self._close(_union(data, more, rest), all_found, always)
+
+        self._last = Collection(
+            found,
             guards=_union(present.guards, written.present.guards),
-            nr_reported=_nr_written(present) + _nr_written(written.present),
-            forced=intersect_runs(dirty, space.always_dirty),
+            forced=NO_RUNS if later else intersect_runs(dirty, always),
+            unread=dirty if later and space.early is not None else None,
         )
+        if not later:
+            self._settle()
+        return self._last
+
+    def _close(self, data: Runs, found: Found, always_dirty: Runs) -> Found:
+        self._seen = data
+        self._epochs.close(data, found.dirty, always_dirty)
+        return found
+
+    def _settle(self) -> None:
+        """Work out what the last collection left for later: all else needs it."""
+        if self._last is not None:
+            _ = self._last.found
 
     def _known(self, space: Space) -> set[int]:
         """VMAs that have been registered since the last collection, by index: ask for their WRITTEN pages only."""
@@ -211,16 +248,16 @@ class UffdWpTracker:
         # An armed guard page does not read WRITTEN.  What holds data here was filled between the walks, or written
         # again: by somebody who does not stand still, and it is not armed.
         holding = (others[:, 2] & np.uint64(ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED)) != 0
-        if holding.any():
+        raced = bool(holding.any())
+        if raced:
             regions = np.concatenate((taken, others[holding]))
             regions = regions[np.argsort(regions[:, 0], kind="stable")]
             present = holding_data(space.pagemap, regions, vmas)
-        found = np.concatenate((taken, others))
-        seen = np.stack((found[:, 0], found[:, 1] - found[:, 0]), axis=1) >> np.uint64(PAGE_SHIFT)
-        return _Written(merge_runs(seen), present)
+        return _Written(np.concatenate((taken, others)), present, raced)
 
     def written_now(self, pid: int) -> Runs:
         """What would be dirty of the pages that held data; the target may be running."""
+        self._settle()
         if len(self._seen) == 0:
             return NO_RUNS
         pagemap = ps.open_pagemap(pid)
@@ -233,9 +270,11 @@ class UffdWpTracker:
         return intersect_runs(merge_runs(runs), self._seen)
 
     def commit(self) -> None:
+        self._settle()
         self._epochs.commit()
 
     def rollback(self) -> None:
+        self._settle()
         self._epochs.rollback()
 
     def disarm(self) -> None:
@@ -354,6 +393,11 @@ def _ranges(vmas: Sequence[Vma], which: set[int]) -> Runs:
 def _union(*parts: Runs) -> Runs:
     full = [part for part in parts if len(part)]
     return merge_runs(full[0] if len(full) == 1 else np.concatenate(full)) if full else NO_RUNS
+
+
+def _unchanged(seen: Runs, vmas: Sequence[Vma], known: set[int], written: _Written) -> Runs:
+    """What held data in these VMAs, and still holds it: all but what was written or emptied."""
+    return subtract_runs(intersect_runs(seen, _ranges(vmas, known)), written.seen())
 
 
 def _nr_written(present: PresentRegions) -> int:

@@ -16,7 +16,7 @@ from checkpointd import features
 from checkpointd.measure import engine, reader
 from checkpointd.measure.account import Report, judge
 from checkpointd.memory import intersect_runs, pages_of, runs_of, subtract_runs
-from checkpointd.tracking.base import Collection
+from checkpointd.tracking.base import Collection, Found
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "measure_program.py"
 FIRST = 0x7E00_0000_0000 >> 12
@@ -277,9 +277,8 @@ class Forgetful:
         both = np.concatenate((found.clean, wrong))
         clean = both[np.argsort(both[:, 0])]
         dirty = subtract_runs(subtract_runs(found.dirty, self.clean), self.silent)
-        return Collection(
-            subtract_runs(clean, self.silent), dirty, found.guards, found.nr_reported, found.forced
-        )
+        told = Found(subtract_runs(clean, self.silent), dirty, found.nr_reported)
+        return Collection(told, guards=found.guards, forced=found.forced)
 
     def __getattr__(self, name):
         return getattr(self.tracker, name)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from checkpointd.memory import NO_PAGES, PageNumbers, pages_of, runs_of
-from checkpointd.tracking.base import Collection, Space
+from checkpointd.tracking.base import Collection, Found, Space
 from checkpointd.tracking.uffd_wp import UffdWpTracker
 from tests import abilities
 from tests.huge_pool import NoPagesError, pool_pages
@@ -158,7 +158,8 @@ def test_tracker_that_forgets_dirty_pages_is_seen(monkeypatch: pytest.MonkeyPatc
         lost &= np.isin(dirty, before.get(self, NO_PAGES))  # a page that is new cannot be inherited
         seen[self] = np.union1d(pages_of(found.clean), dirty)
         clean = np.sort(np.concatenate((pages_of(found.clean), dirty[lost])))
-        return dataclasses.replace(found, dirty=runs_of(dirty[~lost]), clean=runs_of(clean))
+        told = Found(runs_of(clean), runs_of(dirty[~lost]), found.nr_reported)
+        return Collection(told, guards=found.guards, forced=found.forced)
 
     def committed(self: UffdWpTracker) -> None:
         commit(self)

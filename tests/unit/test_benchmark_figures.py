@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import against_criu, precision
 from checkpointd.memory import runs_of
-from checkpointd.tracking.base import Collection
+from checkpointd.tracking.base import Collection, Found
 from tests.oracle.truth import Contents
 
 
@@ -25,7 +25,7 @@ def test_what_changed_is_held_against_what_was_called_dirty():
     before = contents({10: 1, 11: 1, 12: 1, 13: 1, 90: 1})
     now = contents({10: 1, 11: 2, 12: 2, 13: 1, 14: 5, 15: 5, 90: 2})
     # 10 over-reported, 11 seen, 12 called clean, 14 not named, 15 new and seen; 90 is of a file
-    found = Collection(clean=runs(12, 13, 90), dirty=runs(10, 11, 15), nr_reported=7)
+    found = Collection(Found(clean=runs(12, 13, 90), dirty=runs(10, 11, 15), nr_reported=7))
     precision.judge(row, found, before, now, np.array([[0, 50]], dtype=np.uint64), np.array([11, 15]))
     assert (row.changed, row.missed, row.over, row.kernel, row.unmarked) == (4, 2, 1, 7, 2)
 
@@ -33,7 +33,11 @@ def test_what_changed_is_held_against_what_was_called_dirty():
 def test_pages_without_any_before_are_all_changed():
     row = precision.Row("", "")
     precision.judge(
-        row, Collection(dirty=runs(3, 4)), contents({}), contents({3: 0, 4: 9}), np.array([[0, 9]], np.uint64)
+        row,
+        Collection(Found(dirty=runs(3, 4))),
+        contents({}),
+        contents({3: 0, 4: 9}),
+        np.array([[0, 9]], np.uint64),
     )
     assert (row.changed, row.missed, row.over) == (2, 0, 0)
 
