@@ -74,7 +74,7 @@ from checkpointd.stats import DumpStats
 from checkpointd.target.attachable import check_attachable, gone, lives
 from checkpointd.target.extents import all_data_extents
 from checkpointd.target.files import CapturedFiles, capture_files, prepare_files
-from checkpointd.target.fork import ForkedCopy
+from checkpointd.target.fork import ForkedCopy, reap_strays
 from checkpointd.target.freeze import Frozen, freeze
 from checkpointd.target.inject import Injection
 from checkpointd.target.memory import CapturedSpace, capture_address_space, held_by, huge_runs
@@ -182,7 +182,6 @@ class Dumper:
             work.stats.warnings.append(why_full)
         stats.delta_reason = options.why_no_deltas(parent)
         self._begin(options, work)
-        copy = None
         try:
             check_attachable(self.pid)
             work.maps_draft = maps.prepare_vmas(self.pid)
@@ -196,7 +195,7 @@ class Dumper:
                 freeze(self.pid, timeout_s=work.limits.freeze_timeout_s()) as frozen,
             ):
                 work.stats.freezing_time = frozen.freezing_time_us
-                copy = self._frozen(frozen, options, parent, work, report)
+                self._frozen(frozen, options, parent, work, report)
                 if options.kill:
                     ahead.end()  # nobody waits for it any more
                     self._finish(options, parent, work, report)
@@ -211,8 +210,8 @@ class Dumper:
                 work.stats.frozen_time = (time.monotonic_ns() - frozen.frozen_at_ns) // 1000
             else:
                 tracepoint.hit("dump.thawed")
-                if copy is not None:
-                    self._read_copy(copy, work, report)
+                if work.copy is not None:
+                    self._read_copy(work.copy, work, report)
                 self._finish(options, parent, work, report)
         except BaseException as error:
             if self._tracker is not None:
@@ -223,9 +222,9 @@ class Dumper:
                 raise gone(self.pid) from error
             raise
         finally:
-            if copy is not None:
-                copy.close()
-                self._reap(copy)
+            if work.copy is not None:
+                work.copy.close()
+                self._reap(work.copy)
         work.stats.total_time = (time.monotonic_ns() - work.started_ns) // 1000
         return work.stats
 
@@ -235,6 +234,7 @@ class Dumper:
         hint = "dump in full (without --incremental), or name a parent that is there with --parent"
         try:
             self._worker.begin(
+                pid=self.pid,
                 store=options.store,
                 parent=parent,
                 compress=options.compress,
@@ -249,9 +249,7 @@ class Dumper:
 
     # -- what happens while the target stands still
 
-    def _frozen(
-        self, frozen: Frozen, options: DumpOptions, parent: str, work: Work, report: Report
-    ) -> ForkedCopy | None:
+    def _frozen(self, frozen: Frozen, options: DumpOptions, parent: str, work: Work, report: Report) -> None:
         self._check_same_process()
         at = time.monotonic_ns()
         vmas = maps.settled_vmas(self.pid, work.maps_draft)
@@ -262,7 +260,6 @@ class Dumper:
         self._may_fork = not (is_watched(vmas) or forks_cost_pool_pages(vmas))
         work.kernel_workers = frozen.has_kernel_workers
         collection = None
-        copy: ForkedCopy | None = None
         tracker = self._tracker
         if isinstance(tracker, UffdWpTracker | ContentTracker) and options.backend in ("auto", tracker.name):
             # nothing has to be called in the target for that, so copying goes on beside all that follows
@@ -282,6 +279,8 @@ class Dumper:
             at = work.mark("collecting", at)
         with frozen.inject() as remote:
             at = work.mark("injecting", at)
+            if work.process_draft and work.process_draft.strays:
+                reap_strays(remote)
             state = capture_process(frozen, remote, self.sleeps, work.process_draft)
             at = work.mark("state", at)
             files = capture_files(frozen, captured.object_ids, options=options.files, draft=work.files_draft)
@@ -296,7 +295,7 @@ class Dumper:
             if self._wants_fork(options, work):
                 # what is being read must not become shared meanwhile
                 self._worker.finish_copy(work.limits.while_frozen(frozen, report))
-                copy = self._fork(frozen, remote, work)
+                self._fork(frozen, remote, work)
         at = work.mark("leaving", at)
         space = with_guards(captured.space, collection.guards)
         image_state = ImageState(process=state, address_space=space, files=files.state)
@@ -306,8 +305,8 @@ class Dumper:
         heard = work.limits.while_frozen(frozen, report)
         self._worker.finish_copy(heard)
         stopped = work.copies
-        if copy is not None:
-            stopped, work.copies = split_for_fork(work.copies, copy.pid, vmas)
+        if work.copy is not None:
+            stopped, work.copies = split_for_fork(work.copies, work.copy.pid, vmas)
         if options.kill:
             # it will not run again: no need to hold all of it at once
             self._worker.read_and_encode(stopped, heard)
@@ -320,16 +319,14 @@ class Dumper:
         if process.read_stat(self.pid).state in "ZX":
             raise TargetGone(f"process {self.pid} was killed while it was being dumped", pid=self.pid)
         work.state = image_state
-        return copy
 
-    def _fork(self, frozen: Frozen, remote: Injection, work: Work) -> ForkedCopy | None:
+    def _fork(self, frozen: Frozen, remote: Injection, work: Work) -> None:
         try:
-            copy = frozen.child_fork(remote)
+            work.copy = frozen.child_fork(remote)
         except (Unsupported, Busy):
             self._forks = False
-            return None
-        work.stats.read_mode = "fork"
-        return copy
+        else:
+            work.stats.read_mode = "fork"
 
     def _read_deleted_files(self, files: CapturedFiles, heard: Heard) -> None:
         """Content of open deleted files that is too large for the state, read before anybody can change it."""

@@ -6,7 +6,8 @@ it; what a stopped target has beyond that is encoded as it is read, before the t
 `KEPT_BYTES` of it are held.  Beside it: `NR_THREADS` pieces of 4 MiB, with deltas 8 MiB more for each, and the index
 of the image being built.
 
-The agent going away is end of file: an image not committed is aborted and the worker exits.
+The agent going away is end of file: an image not committed is aborted, what a killed agent's forked copy left with
+the target is reaped, and the worker exits.
 
 While it writes an image the worker also guards the agent: one that somebody stopped (SIGSTOP, a debugger) may hold a
 frozen target, which nothing inside it can let go.  It is killed; the target then goes on by itself.
@@ -38,10 +39,12 @@ from checkpointd.image.reader import Image
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE, PRIVATE_OBJECT, Runs, nr_pages_in, pages_of
 from checkpointd.procfs.process import read_stat
+from checkpointd.target import fork
 
 DEFAULT_COMPRESSION = "zstd:1"
 KEPT_BYTES = 128 << 20
 _STOPPED_CHECK_S = 0.5
+_OUTLIVE_S = 5.0
 
 _PIECE_PAGES = 2048  # 8 MiB: what one thread reads at a time
 # Up to so many pages are read at once, without other threads, progress or cancelling.
@@ -62,14 +65,18 @@ class PageServer:
         self._parent: Image | None = None
         self._builder: ImageBuilder | None = None
         self._committed = ""  # not yet loaded
+        self._target = 0
         self.writing = threading.Event()
         self._buffer: PageBuffer | None = None
         self._copied: list[tuple[int, Runs, int]] = []  # (object, runs, offset in the buffer)
         self._used = 0
         self._pool = ThreadPoolExecutor(NR_THREADS)
 
-    def begin(self, store: str, parent: str, compress: str, delta: bool, expected_pages: int) -> None:
+    def begin(
+        self, pid: int, store: str, parent: str, compress: str, delta: bool, expected_pages: int
+    ) -> None:
         self.abort()
+        self._target = pid
         opened = self._open(store)
         if not parent:
             self._parent = None
@@ -190,6 +197,27 @@ class PageServer:
         self.writing.clear()
         self._empty()
 
+    def leave(self) -> None:
+        """The agent ends in order, and has taken away its forked copies itself."""
+        self._target = 0
+
+    def outlive(self, agent_pid: int) -> None:
+        """The agent is gone: if it did not end in order its forked copy is a zombie of the target, which is reaped.
+
+        The target would keep it for as long as it runs: it has no exit signal, so that its own waits do not see it.
+        """
+        self.abort()
+        self._buffer = None  # who traces must be quick to die
+        if not self._target:
+            return
+        deadline = time.monotonic() + _OUTLIVE_S
+        while os.getppid() == agent_pid and time.monotonic() < deadline:  # its socket closes before its end
+            time.sleep(0.005)
+        with contextlib.suppress(
+            CheckpointError, OSError
+        ):  # gone, or another agent has it: that one looks too
+            fork.reap_after_death(self._target, _OUTLIVE_S)
+
     def _need(self) -> ImageBuilder:
         if self._builder is None:
             raise CheckpointError("no image is being written")
@@ -293,7 +321,7 @@ def serve(fd: int, buffer_bytes: int) -> None:
         except OSError:
             break
         server.look_ahead()
-    server.abort()
+    server.outlive(agent_pid)
 
 
 if __name__ == "__main__":

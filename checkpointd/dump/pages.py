@@ -53,13 +53,16 @@ class PageWorker:
             self._child.close()
             self._start()
 
-    def begin(self, *, store: str, parent: str, compress: str, delta: bool, expected_pages: int) -> None:
+    def begin(
+        self, *, pid: int, store: str, parent: str, compress: str, delta: bool, expected_pages: int
+    ) -> None:
         """Open the store, load the parent's index and touch the buffer.  Before the freeze.
 
-        With `delta`, `encode` and `read_and_encode` read the parent's pages too; `copy` never does.
+        When we die in the middle, the worker reaps what a forked copy leaves with the target `pid`.  With `delta`,
+        `encode` and `read_and_encode` read the parent's pages too; `copy` never does.
         """
         self._revive()
-        self._ask("begin", store, parent, compress, delta, expected_pages)
+        self._ask("begin", pid, store, parent, compress, delta, expected_pages)
 
     def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
         """See `Store.latest_of`."""
@@ -129,4 +132,6 @@ class PageWorker:
 
     def close(self) -> None:
         """End the worker; an image not committed is aborted."""
+        with contextlib.suppress(CheckpointError):  # it is dead
+            self._child.send("leave")
         self._child.close()

@@ -16,6 +16,7 @@ from checkpointd.procfs import maps
 from checkpointd.state.process import ImageState
 from checkpointd.stats import DumpStats
 from checkpointd.target.files import FilesDraft
+from checkpointd.target.fork import ForkedCopy
 from checkpointd.target.policies import NO_POLICIES, Policies
 from checkpointd.target.process import ProcessDraft
 from checkpointd.tracking.base import Collection
@@ -33,6 +34,7 @@ class Work:
         found: what the tracker said, where the rest of it is asked for after the thaw.
         after_early: pages that the tracker told of early but must be read later.
         clean: pages taken from the parent.
+        copy: the forked copy, from the moment it was made.
         alone: pages that nobody else mapped before the freeze, and how to tell inside that it is still so.
     """
 
@@ -50,6 +52,7 @@ class Work:
     maps_draft: maps.MapsDraft | None = None
     huge: Runs = field(default_factory=lambda: NO_RUNS)
     files_draft: FilesDraft | None = None
+    copy: ForkedCopy | None = None
     alone: KnownAlone | None = None
     kernel_workers: bool = False
     started_ns: int = field(default_factory=time.monotonic_ns)

@@ -198,6 +198,18 @@ def thread_ids(pid: int) -> list[int]:
     return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
 
 
+def children(pid: int) -> list[int]:
+    """Children of all its threads, zombies too, in our pid namespace; none where the kernel has no list."""
+    found: list[int] = []
+    for tid in thread_ids(pid):
+        try:
+            text = slurp(f"/proc/{pid}/task/{tid}/children")
+        except OSError:
+            continue
+        found += [int(word) for word in text.split()]
+    return sorted(found)
+
+
 def nr_resident_pages(pid: int) -> int:
     """By /proc/PID/statm, which counts in batches: some 64 pages a thread may be missing."""
     return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1])

@@ -10,7 +10,8 @@ The child is made by clone(2) inside the target with
 What to know: its memory is charged to the target's cgroup as the target writes (oom_score_adj 1000 makes the OOM killer
 take the copy first: the dump then fails, the target does not); MADV_DONTFORK and shared memory are not in it;
 read it by /proc/PID/mem only (process_vm_readv un-shares every page).  `close` ends it; its remains are a zombie of
-the target until `Frozen.reap_copy`.
+the target until `Frozen.reap_copy`, or `reap_strays` where its maker died: the next dump's, or the page worker's that
+outlived its agent.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -113,18 +115,55 @@ def reap_copy(remote: Injection, copy: ForkedCopy) -> bool:
     return result == copy.pid_inside
 
 
-def reap_strays(remote: Injection) -> int:
-    """Reap the copies that dead agents left as zombies of the target; how many.
+def strays(children: Iterable[int]) -> list[int]:
+    """Which of these children of a target are copies that dead agents left as its zombies.
 
     They are told from children of the program's own by what no other child combines: no exit signal, and either
     killed without ever having run (not one page fault), or ended by the runner's own exit code.
     """
-    strays = [child for child in _all_children(remote.pid) if _is_stray(child)]
-    if not strays:
+    return [child for child in children if _is_stray(child)]
+
+
+def reap_strays(remote: Injection) -> int:
+    """Reap what dead agents left; how many."""
+    found = strays(process.children(remote.pid))
+    if not found:
         return 0
-    inside = [int(process.read_status(child)["NSpid"].split()[-1]) for child in strays]
+    inside = [int(process.read_status(child)["NSpid"].split()[-1]) for child in found]
     results = remote.batch([Call(_NR_WAIT4, (child, 0, _WALL | _WNOHANG, 0)) for child in inside])
     return sum(1 for result in results if result > 0)
+
+
+def reap_after_death(pid: int, timeout_s: float) -> int:
+    """Reap what an agent that has just died left with a target that nobody else holds; how many.
+
+    Its copy is killed with it, but dies a moment later: the larger the longer.
+
+    Raises:
+        CheckpointError: the target cannot be stopped, or is gone.
+        OSError: it is gone.
+    """
+    from checkpointd.target.freeze import freeze  # noqa: PLC0415 - it knows this module
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        copies = [child for child in process.children(pid) if _looks_like_copy(child)]
+        if not copies:
+            return 0
+        if strays(copies) == copies or time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    with freeze(pid) as frozen, frozen.inject() as remote:
+        return reap_strays(remote)
+
+
+def _looks_like_copy(child: int) -> bool:
+    """Alive or dead: without exit signal, and it never ran."""
+    try:
+        fields = process.read_stat(child).fields
+    except (OSError, ValueError):
+        return False
+    return fields[35] == "0" and (fields[7] == fields[9] == "0" or _is_stray(child))
 
 
 def _is_stray(child: int) -> bool:
@@ -138,17 +177,6 @@ def _is_stray(child: int) -> bool:
         return False
     exit_code = int(fields[49])
     return (exit_code == signal.SIGKILL and minflt == 0) or (exit_code == _RELEASED_EXIT << 8 and minflt <= 4)
-
-
-def _all_children(pid: int) -> list[int]:
-    found = []
-    for tid in process.thread_ids(pid):
-        try:
-            text = Path(f"/proc/{pid}/task/{tid}/children").read_text(encoding="ascii")
-        except OSError:
-            continue
-        found += [int(part) for part in text.split()]
-    return found
 
 
 def _children(pid: int) -> set[int]:

@@ -28,6 +28,7 @@ from checkpointd.state.memory import FileIdentity
 from checkpointd.state.process import Cpu, Host, Limit, MemoryLayout, ProcessState
 from checkpointd.target.asked import ask, landlock_warnings
 from checkpointd.target.attachable import check_attachable, gone
+from checkpointd.target.fork import strays
 from checkpointd.target.freeze import Frozen
 from checkpointd.target.policies import NO_POLICIES, Policies, prepare_policies
 from checkpointd.target.remote import Remote
@@ -63,6 +64,7 @@ class ProcessDraft:
         warnings: what will not come back.
         policies: memory policies of its mappings.
         task_flags: of stat, by thread.
+        strays: what dead agents left among its children: see `fork.reap_strays`.
     """
 
     pid: int
@@ -77,6 +79,7 @@ class ProcessDraft:
     policies: Policies = NO_POLICIES
     task_flags: dict[int, int] = field(default_factory=dict)
     autogroup_nice: int | None = None
+    strays: list[int] = field(default_factory=list)
 
 
 def prepare_process(pid: int, vmas: Sequence[Vma] | None = None) -> ProcessDraft:
@@ -153,7 +156,9 @@ def _fill(draft: ProcessDraft, vmas: Sequence[Vma]) -> None:
     draft.blockers += vma_blockers(vmas)
     draft.blockers += _feature_blockers(status)
     draft.blockers += _directory_blockers(pid)
-    children = _children(pid)
+    children = process.children(pid)
+    draft.strays = strays(children)
+    children = [child for child in children if child not in draft.strays]
     if children:
         draft.warnings.append(
             f"it has {len(children)} child process(es) ({', '.join(map(str, children[:5]))}): they are not saved"
@@ -241,24 +246,13 @@ def _directory_blockers(pid: int) -> list[str]:
     return found
 
 
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    for tid in process.thread_ids(pid):
-        try:
-            text = process.slurp(f"/proc/{pid}/task/{tid}/children")
-        except OSError:
-            continue
-        found += [int(word) for word in text.split()]
-    return sorted(found)
-
-
 def _sharers_of_memory(pid: int, ppid: int) -> list[str]:
     """Relatives in the same address space: nobody stops them while it is read.
 
     Looked for in the freeze: a vfork child in flight holds its parent in a sleep that no freeze ends.
     """
     found = []
-    for other in (*_children(pid), ppid):
+    for other in (*process.children(pid), ppid):
         with contextlib.suppress(OSError):  # it just ended, or may not be compared
             if other > 1 and kcmp.shares_memory(pid, other):
                 found.append(

@@ -43,7 +43,7 @@ def request_of(tmp_path):
 
 def begin(worker, tmp_path, compress, **options):
     Store.open(str(tmp_path / "store"), create=True)
-    asked = {"parent": "", "delta": False, "expected_pages": 4 * NR_PAGES} | options
+    asked = {"pid": 0, "parent": "", "delta": False, "expected_pages": 4 * NR_PAGES} | options
     worker.begin(store=str(tmp_path / "store"), compress=compress, **asked)
 
 
