@@ -25,8 +25,8 @@ from checkpointd.memory import VmaKind
 from checkpointd.procfs import maps, process
 from checkpointd.state.files import FilesOptions
 from checkpointd.target.attachable import exited
-from checkpointd.target.files import file_blockers
-from checkpointd.target.process import process_blockers, vma_blockers
+from checkpointd.target.files import prepare_files
+from checkpointd.target.process import prepare_process
 from checkpointd.tracking.select import select_backend
 
 
@@ -119,23 +119,28 @@ def _elf_class(pid: int) -> int:
     return head[4] if head[:4] == b"\x7fELF" else 0
 
 
-def blockers(pid: int, options: FilesOptions) -> list[str]:
-    """Every reason why this target's state cannot be saved, one sentence each."""
-    found = list(process_blockers(pid)) + list(file_blockers(pid, options))
-    vmas = maps.read_smaps(pid)
-    found += vma_blockers(vmas)
+def look(pid: int, options: FilesOptions) -> tuple[list[str], list[str]]:
+    """Every reason why this target's state cannot be saved, and what a dump would warn of, one sentence each."""
+    warnings: list[str] = []
+    try:
+        draft = prepare_process(pid)
+        found, warnings = list(draft.blockers), draft.warnings
+    except Unsupported as error:
+        found = list(error.details.get("blockers", [error.message]))
+    files = prepare_files(pid, options)
+    found += files.blockers
     found += [
         f"mapping {vma} shares a deleted file, which cannot be mapped again"
-        for vma in vmas
+        for vma in maps.read_smaps(pid)
         if vma.kind is VmaKind.FILE_SHARED and vma.deleted
     ]
-    return found
+    return list(dict.fromkeys(found)), list(dict.fromkeys([*warnings, *files.warnings]))
 
 
 def refuse_blockers(pid: int, options: FilesOptions) -> None:
-    """Raises Unsupported with all of `blockers` at once, and what `refuse_impossible` raises."""
+    """Raises Unsupported with all that `look` finds at once, and what `refuse_impossible` raises."""
     refuse_impossible(pid)
-    found = blockers(pid, options)
+    found, _ = look(pid, options)
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise Unsupported(
@@ -216,8 +221,11 @@ def _target_items(pid: int) -> Iterator[CheckItem]:
     except CheckpointError as error:
         yield CheckItem(f"process {pid}", "target", False, error.message, error.hint)
         return
-    found = blockers(pid, FilesOptions())
+    found, warnings = look(pid, FilesOptions())
     for sentence in found:
         yield CheckItem(f"process {pid}", "target", False, sentence)
     if not found:
-        yield CheckItem(f"process {pid}", "target", True, "can be dumped and restored")
+        but = f", with {len(warnings)} warning{'s' * (len(warnings) > 1)}:" if warnings else ""
+        yield CheckItem(f"process {pid}", "target", True, f"can be dumped and restored{but}")
+    for sentence in warnings:
+        yield CheckItem(f"process {pid}", "target", True, f"warning: {sentence}")

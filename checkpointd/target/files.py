@@ -87,9 +87,11 @@ class FilesDraft:
 
     Attributes:
         blockers: reasons why the files cannot be saved, one sentence each.
+        warnings: what will not come back, as far as it shows before the freeze.
     """
 
     blockers: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     mounts: dict[int, fdinfo.Mount] = field(default_factory=dict)
     inotify_paths: dict[tuple[int, int], str] = field(default_factory=dict)
     closed_sockets: dict[int, ClosedSocket] = field(default_factory=dict)
@@ -143,6 +145,7 @@ def _prepare(pid: int, options: FilesOptions) -> FilesDraft:
         draft.closed_sockets = session.closed_sockets
         draft.ownerless = session.ownerless
         draft.blockers = session.all_problems()
+        draft.warnings = session.warnings
     return draft
 
 
