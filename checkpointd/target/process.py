@@ -161,7 +161,10 @@ def _fill(draft: ProcessDraft, vmas: Sequence[Vma]) -> None:
     children = [child for child in children if child not in draft.strays]
     if children:
         draft.warnings.append(
-            f"it has {len(children)} child process(es) ({', '.join(map(str, children[:5]))}): they are not saved"
+            f"it has {len(children)} child process(es) ({', '.join(map(str, children[:5]))}): they are not saved, "
+            "and it will come back believing that they live: a server may accept connections and answer none until it "
+            "is told to start others (nginx, under its old pid: kill -HUP); those that are dumped too will not be its "
+            "children"
         )
     if any(sched.core_cookie(tid) for tid in draft.task_flags):
         draft.warnings.append(
