@@ -52,6 +52,7 @@ _MUST_BE_OURS = ("ipc", "mnt", "net", "pid", "user", "uts")
 _XSTATE_MASK_AT = 464  # sw_reserved bytes of the legacy area: XCR0 (Linux arch/x86/kernel/fpu/regset.c)
 _EI_CLASS, _ELFCLASS64 = 4, 2
 _DELETED = " (deleted)"
+_NAMED_ONE_BY_ONE = 3
 _ALL_ONES = "0xffffffffffffffff"
 
 
@@ -266,11 +267,10 @@ def _sharers_of_memory(pid: int, ppid: int) -> list[str]:
 
 def vma_blockers(vmas: Iterable[Vma]) -> list[str]:
     """Mappings that cannot be saved.  With flags (smaps) it sees more: device memory, shadow stacks."""
-    found: list[str] = []
+    vmas = list(vmas)
+    found = _secret_blockers([vma for vma in vmas if vma.kind is VmaKind.SECRETMEM])
     for vma in vmas:
-        if vma.kind is VmaKind.SECRETMEM:
-            found.append(f"mapping {vma} is secret memory (memfd_secret), which nobody else can read")
-        elif vma.path.startswith("/[aio]"):
+        if vma.path.startswith("/[aio]"):
             found.append(
                 f"mapping {vma} is the ring of an AIO context (io_setup), whose requests live in the kernel"
             )
@@ -289,6 +289,19 @@ def vma_blockers(vmas: Iterable[Vma]) -> list[str]:
         if vma.end > TASK_SIZE and vma.kind is not VmaKind.VSYSCALL:
             found.append(f"mapping {vma} lies above the 47-bit address space")
     return found
+
+
+def _secret_blockers(vmas: Sequence[Vma]) -> list[str]:
+    if not vmas:
+        return []
+    places = ", ".join(f"{vma.start:x}-{vma.end:x}" for vma in vmas[:_NAMED_ONE_BY_ONE])
+    if len(vmas) > _NAMED_ONE_BY_ONE:
+        places += f" and {len(vmas) - _NAMED_ONE_BY_ONE} more"
+    which = f"mappings {places} are" if len(vmas) > 1 else f"mapping {places} is"
+    return [
+        f"{which} secret memory (memfd_secret), which nobody but the program can read; have it unmap that, or turn "
+        "its use of secret memory off, before the dump"
+    ]
 
 
 def _pool_blockers(vma: Vma) -> list[str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from checkpointd.agent import check
+from checkpointd.errors import Unsupported
+from checkpointd.state.files import FilesOptions
 from tests.programs.restore_harness import capture
 
 pytestmark = pytest.mark.needs("root", "ptrace")
@@ -77,3 +80,24 @@ def test_what_a_dump_refuses_does_not_hide_what_it_would_warn_of() -> None:
     assert "uts namespace" in refused["detail"]
     assert warned["ok"]
     assert warned["detail"].startswith("warning: it has 1 child process(es)")
+
+
+@pytest.mark.parametrize("nr_mappings", [1, 2, 5])
+def test_secret_memory_is_named_once_with_what_to_do(nr_mappings: int) -> None:
+    fd = ctypes.CDLL(None).syscall(447, 0)
+    if fd < 0:
+        pytest.skip("no memfd_secret")
+    os.close(fd)
+    code = (
+        "import ctypes, mmap\nfd = ctypes.CDLL(None).syscall(447, 0)\nos.ftruncate(fd, 8192)\n"
+        # every other mapping is read-only, so that neighbours do not become one
+        f"maps = [mmap.mmap(fd, 8192, prot=1 + 2 * (i % 2)) for i in range({nr_mappings})]\nos.close(fd)"
+    )
+    with program(code) as pid:
+        items = [item for item in said_of(pid) if "secret memory (memfd_secret)" in item["detail"]]
+        with pytest.raises(Unsupported) as refused:
+            check.refuse_blockers(pid, FilesOptions())
+    assert len(items) == 1
+    assert "have it unmap" in items[0]["detail"]
+    assert refused.value.details["blockers"].count(items[0]["detail"]) == 1
+    assert items[0]["detail"] in refused.value.message
