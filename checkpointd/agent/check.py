@@ -21,10 +21,11 @@ from checkpointd.errors import (
     Unsupported,
     UsageError,
 )
+from checkpointd.linux import capability
 from checkpointd.memory import VmaKind
 from checkpointd.procfs import maps, process
 from checkpointd.state.files import FilesOptions
-from checkpointd.target.attachable import exited
+from checkpointd.target.attachable import exited, permission_hint
 from checkpointd.target.files import prepare_files
 from checkpointd.target.process import prepare_process
 from checkpointd.tracking.select import select_backend
@@ -96,8 +97,15 @@ def refuse_impossible(pid: int) -> None:
             pass
         elf_class = _elf_class(pid)
     except PermissionError as error:
+        uid = int(status["Uid"].split()[0])
+        if os.geteuid() in (0, uid):
+            raise NotPermitted(
+                f"process {pid} ({stat.comm}) may not be traced by this {'user' if os.geteuid() else 'root'}",
+                hint=permission_hint(status),
+                pid=pid,
+            ) from error
         raise NotPermitted(
-            f"process {pid} belongs to uid {status['Uid'].split()[0]} and this user may not trace it",
+            f"process {pid} belongs to uid {uid} and this user may not trace it",
             hint="run as that user or as root; see also kernel.yama.ptrace_scope",
             pid=pid,
         ) from error
@@ -201,14 +209,48 @@ def _kernel_items() -> Iterator[CheckItem]:
         yield CheckItem(
             "soft-dirty keeps writes", "optional", kinds.keeps_writes.works, kinds.keeps_writes.why
         )
-    for name, number, why in (
-        ("CAP_SYS_PTRACE", 19, "tracing processes of other users"),
-        ("CAP_CHECKPOINT_RESTORE", 40, "restoring with the same pid, shared memory of others"),
-        ("CAP_SYS_ADMIN", 21, "telling swap from markers, seccomp details"),
-        ("CAP_SYS_RESOURCE", 24, "raising hard limits at restore"),
-    ):
+    for name, number, why, lost in _CAPABILITIES:
         have = _has_capability(number)
-        yield CheckItem(name, "optional", have, why, "" if have else f"run as root, or grant {name.lower()}")
+        yield CheckItem(
+            name, "optional", have, why, "" if have else f"{_how_to_get(name)}; without it {lost}"
+        )
+
+
+_CAPABILITIES = (
+    (
+        "CAP_SYS_PTRACE",
+        capability.CAP_SYS_PTRACE,
+        "tracing processes of other users",
+        "processes of others, and those that may more than this user, cannot be dumped",
+    ),
+    (
+        "CAP_CHECKPOINT_RESTORE",
+        capability.CAP_CHECKPOINT_RESTORE,
+        "restoring with the same pid, shared memory of others",
+        "(or CAP_SYS_ADMIN) a restore needs --new-pid",
+    ),
+    (
+        "CAP_SYS_ADMIN",
+        capability.CAP_SYS_ADMIN,
+        "telling swap from markers, seccomp details",
+        "clocks jump where a process is restored in another boot, with a warning",
+    ),
+    (
+        "CAP_SYS_RESOURCE",
+        capability.CAP_SYS_RESOURCE,
+        "raising hard limits at restore",
+        "a process whose hard limits were higher than the service's comes back with those, with a warning",
+    ),
+)
+
+
+def _how_to_get(name: str) -> str:
+    if os.geteuid():
+        return f"run as root, or grant {name.lower()}"
+    short = name.removeprefix("CAP_")
+    return (
+        f"withheld from this root, by a container or a bounding set (docker run --cap-add {short} grants it)"
+    )
 
 
 def _has_capability(number: int) -> bool:

@@ -6,12 +6,15 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from checkpointd.errors import Busy, CheckpointError, NotPermitted, TargetGone, Unsupported, UsageError
+from checkpointd.linux import capability
 from checkpointd.procfs import process
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_FIRST_USER_NAMESPACE = "user:[4026531837]"  # PROC_USER_INIT_INO, include/linux/proc_ns.h
 _DEAD = frozenset("ZXx")
 _NR_LOOKS = 20
 _SIGKILL_BIT = 1 << (9 - 1)
@@ -160,11 +163,12 @@ def explain_refusal(pid: int, tid: int) -> CheckpointError | None:
     except Busy as busy:
         return busy
     return NotPermitted(
-        f"not permitted to trace process {pid}", hint=_permission_hint(status), pid=pid, tid=tid
+        f"not permitted to trace process {pid}", hint=permission_hint(status), pid=pid, tid=tid
     )
 
 
-def _permission_hint(status: dict[str, str]) -> str:
+def permission_hint(status: Mapping[str, str]) -> str:
+    """What forbids to trace a process of this status, as far as it can be seen, and what to do."""
     uid, ours = int(status.get("Uid", "0").split()[0]), os.geteuid()
     if ours not in (0, uid):
         return f"the process belongs to uid {uid}, you are {ours}: run as that user or with CAP_SYS_PTRACE"
@@ -178,7 +182,19 @@ def _permission_hint(status: dict[str, str]) -> str:
         return f"kernel.yama.ptrace_scope is {scope}: run with CAP_SYS_PTRACE, or set it to 0"
     if ours:
         return "the process is not dumpable (set-user-id, or PR_SET_DUMPABLE): run with CAP_SYS_PTRACE"
-    return "CAP_SYS_PTRACE is missing in the user namespace of the process, or a security module forbids it"
+    if not capability.has(capability.effective(), capability.CAP_SYS_PTRACE):
+        return (
+            "CAP_SYS_PTRACE is withheld from this root, by a container or a bounding set: grant it (docker run "
+            "--cap-add SYS_PTRACE)"
+        )
+    if os.readlink("/proc/self/ns/user") != _FIRST_USER_NAMESPACE:
+        return (
+            "it may be a process of the host, seen from a user namespace below: run checkpointd on the host"
+        )
+    return (
+        "a security module of this kernel (Landlock, SELinux, AppArmor, a BPF program) forbids it: run checkpointd "
+        "where it does not, or choose another process"
+    )
 
 
 def wait_until_interruptible(pid: int, tids: list[int], deadline: float) -> set[int]:

@@ -101,3 +101,37 @@ def test_secret_memory_is_named_once_with_what_to_do(nr_mappings: int) -> None:
     assert "have it unmap" in items[0]["detail"]
     assert refused.value.details["blockers"].count(items[0]["detail"]) == 1
     assert items[0]["detail"] in refused.value.message
+
+
+def as_root_without(name: str, code: str) -> str:
+    """What Python code prints as a root from whom a container withholds a capability."""
+    done = subprocess.run(
+        ["setpriv", f"--bounding-set=-{name}", f"--inh-caps=-{name}", sys.executable, "-c", code],
+        check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_a_root_that_may_not_trace_is_told_why() -> None:
+    code = (
+        "from checkpointd.agent import check\nfrom checkpointd.errors import NotPermitted\n"
+        "try: check.refuse_impossible({pid})\nexcept NotPermitted as error: print(error.message, error.hint)"
+    )
+    with program("") as pid:
+        said = as_root_without("sys_ptrace", code.format(pid=pid))
+    assert f"process {pid} (python" in said
+    assert "may not be traced by this root" in said
+    assert "CAP_SYS_PTRACE is withheld from this root" in said
+    assert "as root" not in said
+
+
+def test_a_root_without_a_capability_is_told_what_is_lost() -> None:
+    said = as_root_without(
+        "sys_resource",
+        "from checkpointd.agent import check\n"
+        "print([one['hint'] for one in check.check(None).items if one['name'] == 'CAP_SYS_RESOURCE'][0])",
+    )
+    assert "withheld from this root" in said
+    assert "--cap-add SYS_RESOURCE" in said
+    assert "hard limits" in said
+    assert "run as root" not in said
