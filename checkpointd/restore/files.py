@@ -177,7 +177,7 @@ def _locked(maker: Maker, index: int) -> RestoreConflict:
     path = os.readlink(f"/proc/self/fd/{maker.local[index]}")
     return RestoreConflict(
         f"{maker.name(index)}: the lock on {path} is held by another process now",
-        hint="Stop that process, then restore again.",
+        hint="stop that process, then restore again",
         path=path,
     )
 

@@ -38,7 +38,7 @@ def judge(file: RegularFile, there: os.stat_result | None, *, allow_changes: boo
     if there is None:
         return Verdict(conflict=f"{path} is gone; bring it back as it was at the dump")
     if not stat.S_ISREG(there.st_mode):
-        return Verdict(conflict=f"{path} is no regular file any more")
+        return Verdict(conflict=f"{path} is no regular file any more; bring it back as it was at the dump")
     if file.pseudo or (there.st_size == before.size_bytes and there.st_mtime_ns == before.mtime_ns):
         return Verdict()
     access = file.flags & os.O_ACCMODE

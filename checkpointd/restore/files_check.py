@@ -54,7 +54,7 @@ def check_files(
         try:
             found = _check(maker, index, one)
         except RestoreConflict as conflict:
-            found = [conflict.message + (f"; {conflict.hint}" if conflict.hint else "")]
+            found = [_told(conflict)]
         conflicts += [f"{maker.name(index)}: {problem}" for problem in found]
     return conflicts
 
@@ -91,6 +91,11 @@ def _check(maker: Maker, index: int, one: state_of.AnyDescription) -> list[str]:
             return []
 
 
+def _told(conflict: RestoreConflict) -> str:
+    """In one sentence, with what to do before the restore is tried again."""
+    return "; ".join(filter(None, (conflict.message, conflict.hint.removesuffix(", then restore again"))))
+
+
 def _check_regular(maker: Maker, one: RegularFile) -> list[str]:
     path = maker.path(one.file.path)
     if one.pseudo and maker.is_own(one.file.path):
@@ -102,7 +107,7 @@ def _check_regular(maker: Maker, one: RegularFile) -> list[str]:
         try:
             os.close(open_regular(maker, one, what=one.file.path))
         except RestoreConflict as conflict:
-            conflicts.append(f"{conflict.message}; {conflict.hint}")
+            conflicts.append(_told(conflict))
     for lock in one.locks:
         device = (os.major(there.st_dev), os.minor(there.st_dev)) if there else (0, 0)
         table = Path("/proc/locks").read_bytes()
@@ -161,7 +166,7 @@ def _check_inet(one: state_of.InetSocket) -> list[str]:
             set_options(sock, one.options)
             bind_inet("", sock, one)
     except RestoreConflict as conflict:
-        return [f"{conflict.message.removeprefix(': ')}; {conflict.hint}"]
+        return [_told(conflict).removeprefix(": ")]
     except OSError as error:
         return [f"no such socket can be made here: {error.strerror}"]
     return []

@@ -67,6 +67,10 @@ from checkpointd.target.restartable import Switches, read_switches
 from checkpointd.target.threads import RememberedSleep, SleepMemory
 from checkpointd.tracepoint import hit
 
+_PUT_BACK = (
+    "put back what is missing or changed (for packages: install the version of the dump), then restore again"
+)
+_DO_AS_TOLD = "that done, restore again; nothing was changed so far"
 _WORK_PER_THREAD = 4 * PAGE_SIZE
 
 Progress = Callable[[str, int, int], None]
@@ -242,6 +246,7 @@ class _Restorer:
         conflicts += pools.shortages(wanted, read_pools())
         if not allow_changes:
             conflicts += checks.file_conflicts(self.space, self.objects.fds)
+        hint = _PUT_BACK if conflicts else _DO_AS_TOLD
         if self.files is not None:
             conflicts += check_files(
                 self.files,
@@ -254,8 +259,7 @@ class _Restorer:
         if conflicts:
             raise RestoreConflict(
                 conflicts[0] + (f" (and {len(conflicts) - 1} more)" if len(conflicts) > 1 else ""),
-                hint="put back what is missing or changed (for packages: install the version of the dump), then "
-                "restore again",
+                hint=hint,
                 conflicts=conflicts,
             )
         self.objects.make(plan.needs(self.space))

@@ -174,11 +174,11 @@ def _in_use(name: str, one: InetSocket, error: OSError) -> RestoreConflict:
     if error.errno == errno.EADDRINUSE:
         return RestoreConflict(
             f"{what} is in use by {holders.port_holder(one.type, one.local.port)}",
-            hint="Stop that process, then restore again.",
+            hint="stop that process, then restore again",
             port=one.local.port,
         )
     return RestoreConflict(
-        f"{what} cannot be bound: {error.strerror}", hint="Give this machine that address."
+        f"{what} cannot be bound: {error.strerror}", hint="give this machine that address, then restore again"
     )
 
 

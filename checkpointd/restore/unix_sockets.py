@@ -266,7 +266,7 @@ def _bind_unix(maker: Maker, index: int, sock: socket.socket, one: UnixSocket) -
             shown = os.fsdecode(one.abstract)
             raise RestoreConflict(
                 f"{maker.name(index)}: the UNIX name @{shown} is in use by {who}",
-                hint="Stop that process, then restore again.",
+                hint="stop that process, then restore again",
             ) from error
     elif one.file is not None:
         _bind_file(maker, index, sock, one.file)
@@ -382,5 +382,5 @@ def socket_path_conflict(maker: Maker, file: SocketFile) -> str:
     if not stat.S_ISSOCK(there.st_mode):
         return f"{file.path} is no socket any more; move it away"
     if who := holders.unix_file_holder(there):
-        return f"the UNIX socket {file.path} is in use by {who}"
+        return f"the UNIX socket {file.path} is in use by {who}; stop it first"
     return ""

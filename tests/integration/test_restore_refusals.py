@@ -6,7 +6,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from checkpointd.errors import CheckpointError, ImageDamaged, RestoreConflict, T
 from checkpointd.linux import capability as cap
 from checkpointd.restore.restorer import RestoreOptions
 from checkpointd.restore.stub import Stub
+from checkpointd.state.files import FilesOptions
 from checkpointd.tracepoint import clear, register
 from tests.programs.python_program import Program
 from tests.programs.restore_harness import Captured, capture, kill_and_reap, restore, wait_gone
@@ -84,6 +87,28 @@ def test_all_conflicts_are_named_at_once(small: subprocess.Popen[bytes], tmp_pat
     text = " ".join(caught.value.details["conflicts"])
     assert "cwd" in text
     assert "mapped" in text
+
+
+def test_a_port_in_use_is_not_called_missing_or_changed() -> None:
+    code = (
+        "s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); time.sleep(600)"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", "import socket, time; " + code],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert started.stdout is not None
+        port = int(started.stdout.readline())
+        captured = capture(started.pid, kill=True)
+    finally:
+        kill_and_reap(started)
+    options = RestoreOptions(files=FilesOptions(external="null"))
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(RestoreConflict) as caught:
+        restore(captured, options=options)
+    assert f"127.0.0.1:{port} is in use by process {os.getpid()}" in caught.value.message
+    assert "; stop that process" in caught.value.message
+    assert caught.value.hint == "that done, restore again; nothing was changed so far"
 
 
 def test_another_kernel_s_vdso_is_refused(killed: Captured) -> None:
