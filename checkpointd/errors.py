@@ -135,28 +135,27 @@ class Busy(CheckpointError):
 class ImageDamaged(CheckpointError):
     reason = "IMAGE_DAMAGED"
     exit_code = 12
+    is_what: ClassVar[str] = "is damaged"
     usual_hint = (
-        "nothing was restored of it; `checkpoint verify` tells which images are whole: use another generation, or a "
-        "copy of the store"
+        "`checkpoint verify` tells which images are whole: use another generation, or a copy of the store"
     )
 
     def of_image(self, what: str) -> ImageDamaged:
-        """This error with the image it was met in, e.g. "image 3f2a", at the head of its sentence."""
-        self.message = f"{what} is damaged: {self.message}"
+        """This error with the image it was met in, e.g. "image 3f2a", at the head of its sentence.
+
+        Who knows the image by more than its id may give it that name afterwards.
+        """
+        self.message = f"{what} {self.is_what}: {self.details.setdefault('damage', self.message)}"
         self.args = (self.message,)
         return self
 
 
 class UnknownFormat(ImageDamaged):
     reason = "UNKNOWN_FORMAT"
+    is_what = "cannot be read"
     usual_hint = (
         "read it with the version of checkpointd that wrote it (`checkpoint export` there gives one file)"
     )
-
-    def of_image(self, what: str) -> ImageDamaged:
-        self.message = f"{what} cannot be read: {self.message}"
-        self.args = (self.message,)
-        return self
 
 
 class NoSpace(CheckpointError):

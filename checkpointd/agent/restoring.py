@@ -39,7 +39,7 @@ def restore(args: RestoreArgs, report: Report) -> tuple[RestoreStats, Dumper | N
         image = store.load(args.image)
         state = _state_of(image)
     except ImageDamaged as error:
-        raise error.of_image(f"image {args.image[:16]}") from None
+        raise _nothing_restored(error, args.image) from None
     dumper: Dumper | None = None
     tracking = ""
     warnings: list[str] = []
@@ -70,7 +70,7 @@ def restore(args: RestoreArgs, report: Report) -> tuple[RestoreStats, Dumper | N
         done = restore_process(image, state, new_pid=args.new_pid, options=options, progress=report)
     except BaseException as error:
         if isinstance(error, ImageDamaged):
-            error.of_image(f"image {image.id[:16]}")
+            _nothing_restored(error, image.id)
         if dumper is not None:
             with contextlib.suppress(CheckpointError, OSError):
                 dumper.close()
@@ -119,3 +119,9 @@ def _content(image: Image, index: int) -> Iterator[bytes]:
                 at = (page - first) * PAGE_SIZE
                 piece[at : at + PAGE_SIZE] = content[n * PAGE_SIZE : (n + 1) * PAGE_SIZE]
         yield bytes(piece)
+
+
+def _nothing_restored(error: ImageDamaged, image_id: str) -> ImageDamaged:
+    if error.hint == ImageDamaged.usual_hint:
+        error.hint = f"nothing was restored of it; {error.hint}"
+    return error.of_image(f"image {image_id[:16]}")

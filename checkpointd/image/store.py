@@ -30,7 +30,7 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from checkpointd import tracepoint
@@ -274,20 +274,21 @@ class Store:
             ImageNotFound, UsageError, ImageDamaged, UnknownFormat.
         """
         valid_id(image_id)
-        with self.locked(exclusive=False), files.translated(f"{self.path}/images/{image_id}.img"):
-            data, size_bytes = self._read_image(image_id)
-            path = f"images/{image_id}.img"
-            head, index = parse(data, path)
-            packs = [self._open_pack(pack_id) for pack_id in head.pack_ids]
-        return Image(
-            info=_info_of(image_id, head, size_bytes),
-            head=head,
-            data=data,
-            index=index,
-            packs=packs,
-            seed=self.digest_seed,
-            store_id=self.id,
-        )
+        path = f"images/{image_id}.img"
+        with _naming(image_id):
+            with self.locked(exclusive=False), files.translated(f"{self.path}/{path}"):
+                data, size_bytes = self._read_image(image_id)
+                head, index = parse(data, path)
+                packs = [self._open_pack(pack_id) for pack_id in head.pack_ids]
+            return Image(
+                info=_info_of(image_id, head, size_bytes),
+                head=head,
+                data=data,
+                index=index,
+                packs=packs,
+                seed=self.digest_seed,
+                store_id=self.id,
+            )
 
     def verify(self, image_id: str, *, progress: Progress | None = None) -> VerifyReport:
         """Read everything an image needs and compare it with every checksum and digest.
@@ -352,7 +353,8 @@ class Store:
         """
         from checkpointd.image.portable import export_image  # noqa: PLC0415
 
-        export_image(self.load(image_id), out, progress)
+        with _naming(image_id):
+            export_image(self.load(image_id), out, progress)
 
     def import_image(
         self, source: BinaryIO, *, progress: Progress | None = None, sync: bool = True
@@ -495,6 +497,15 @@ def _info_of(image_id: str, head: Head, file_bytes: int) -> ImageInfo:
         format_version=head.version,
         damaged="",
     )
+
+
+@contextlib.contextmanager
+def _naming(image_id: str) -> Iterator[None]:
+    """Damage found within is said to be that of the image."""
+    try:
+        yield
+    except ImageDamaged as error:
+        raise error.of_image(f"image {image_id[:16]}") from error.__cause__
 
 
 def _not_found(image_id: str) -> ImageNotFound:

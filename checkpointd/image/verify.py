@@ -67,7 +67,7 @@ def verify_image(store: Store, image_id: str, progress: Callable[[int, int], Non
     try:
         image = store.load(image_id)
     except ImageDamaged as error:
-        report.problems.append(error.message)
+        report.problems.append(error.details["damage"])
         # The index or a pack's tables are unreadable; the other packs may still be looked at one by one.
         packs = store.readable_packs(image_id, report.problems)
     else:

@@ -18,6 +18,8 @@ import struct
 import numpy as np
 import pytest
 
+from checkpointd.agent.protocol import RestoreArgs
+from checkpointd.agent.restoring import restore
 from checkpointd.errors import CheckpointError, ImageDamaged, ImageNotFound, UnknownFormat
 from checkpointd.image import format as fmt
 from checkpointd.image import imagefile
@@ -417,3 +419,44 @@ def test_a_pack_list_that_names_no_pack(tmp_path):
     image_id = forge(store, pack_ids=["ab" * 32])
     with pytest.raises(ImageDamaged, match=r"packs/abab.*missing"):
         store.load(image_id)
+
+
+@pytest.mark.parametrize("damaged_file", ["image", "pack"])
+def test_who_reads_a_damaged_image_is_told_which_one(original, tmp_path, damaged_file):
+    path, truth = original
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    if damaged_file == "image":
+        files = [copy / "images" / f"{image_id}.img" for image_id in truth]
+    else:
+        files = list((copy / "packs").iterdir())
+    for file in files:
+        content = file.read_bytes()
+        file.unlink()
+        file.write_bytes(flipped(content, len(content) // 2, 1))
+    store = Store.open(copy)
+    image_id = next(iter(truth))
+    named = f"image {image_id[:16]} is damaged: {damaged_file}s/"
+    with pytest.raises(ImageDamaged) as caught:
+        store.export_image(image_id, io.BytesIO())
+    assert caught.value.message.startswith(named)
+    assert caught.value.message.count("is damaged") == 1
+    assert "restored" not in caught.value.hint
+    if damaged_file == "image":
+        with pytest.raises(ImageDamaged) as caught:
+            store.load(image_id)
+        assert caught.value.message.startswith(named)
+        assert store.verify(image_id).problems[0].startswith("images/")
+        with pytest.raises(ImageDamaged) as caught:
+            restore(RestoreArgs(str(copy), image_id), lambda *_: None)
+        assert caught.value.message.startswith(named)
+        assert caught.value.message.count("is damaged") == 1
+        assert caught.value.hint.startswith("nothing was restored of it; `checkpoint verify`")
+
+
+def test_damage_is_named_by_who_knows_the_image_best():
+    error = ImageDamaged("images/1.img: it is short").of_image("image 1")
+    there = CheckpointError.from_dict(error.to_dict())  # from the page worker to the agent
+    assert isinstance(there, ImageDamaged)
+    there.of_image("the parent image 1 of process 7")
+    assert there.message == "the parent image 1 of process 7 is damaged: images/1.img: it is short"
