@@ -253,6 +253,36 @@ def test_export_and_import_work_in_a_pipe(house, target, tmp_path):
     assert json.loads(done.stdout)["image"]["nr_pages"] == 5
 
 
+@pytest.mark.parametrize("reader", ["head -c 100", "true", "sleep 1", "exec <&-; sleep 2"])
+def test_an_export_whose_reader_is_gone_says_so(house, target, reader):
+    """However small the image: all of it may lie in the pipe when the reader ends."""
+    assert house.checkpoint("dump", "-p", str(target)).returncode == 0
+    done = subprocess.run(
+        [
+            *("bash", "-c", f'"$@" | {{ {reader}; }} > /dev/null; exit ${{PIPESTATUS[0]}}', "bash"),
+            *house.command("export", "latest", "-o", "-"),
+        ],
+        env=house.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == (
+        "checkpoint: the reader of the standard output is gone: the export is incomplete"
+    )
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_an_export_ends_when_its_slow_reader_has_all(house, target):
+    assert house.checkpoint("dump", "-p", str(target)).returncode == 0
+    with house.begin("export", "latest", "-o", "-") as exporting:
+        select.select([exporting.stdout], [], [])
+        with pytest.raises(subprocess.TimeoutExpired):
+            exporting.wait(0.5)
+        whole = exporting.stdout.buffer.read()
+    assert (exporting.returncode, whole[:4]) == (0, b"CKPT")
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_import_that_waits_for_more_can_be_interrupted(house, target, number, status):
     """By Ctrl-C at a terminal, or in a pipe whose writer thinks."""
@@ -343,7 +373,7 @@ def test_a_full_disk_is_named(house, target):
             env=house.environ,
         )
     assert done.returncode == 13
-    assert b"no space left" in done.stderr
+    assert b"no space left for the standard output" in done.stderr
 
 
 def test_run_tracks_from_the_start_and_exits_as_the_command_does(house):

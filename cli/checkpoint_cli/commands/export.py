@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import select
+import stat
 import sys
+import termios
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -14,6 +19,8 @@ import click
 from checkpoint_cli.options import IMAGE_HELP, Session, complete_image, session_options, store_option
 from checkpoint_cli.output import print_document, short_id, size
 from checkpointd.errors import CheckpointError, NoSpace, NotPermitted
+
+PIPE_POLL_MS = 20
 
 
 @click.command(
@@ -58,8 +65,9 @@ def command(session: Session, image: str, output: str, force: bool, store: str) 
 def _sink(output: str, force: bool) -> Iterator[BinaryIO]:
     """The file to write; it gets its name only when it is whole and on the disk."""
     if output == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        with os.fdopen(sys.stdout.fileno(), "wb", closefd=False) as sink:
+            yield sink
+        _until_read(sys.stdout.fileno())
         return
     part = f"{output}.{os.getpid()}.part"
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -79,18 +87,40 @@ def _sink(output: str, force: bool) -> Iterator[BinaryIO]:
         raise
 
 
+def _until_read(fd: int) -> None:
+    """Wait until a pipe's reader has taken all of it: the end of a small image fits into a pipe that nobody reads on.
+
+    Raises:
+        BrokenPipeError: there is no reader any more.
+    """
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return
+    reader = select.poll()
+    reader.register(fd, 0)  # POLLERR, when the last reader is gone, is always told
+    while _unread(fd):
+        if reader.poll(PIPE_POLL_MS) and _unread(fd):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def _unread(pipe: int) -> int:
+    """Bytes in a pipe."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 @contextlib.contextmanager
 def _translated(output: str) -> Iterator[None]:
-    import errno  # noqa: PLC0415
-
+    name = "the standard output" if output == "-" else output
     try:
         yield
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as error:
+        raise CheckpointError(
+            "the reader of the standard output is gone: the export is incomplete",
+            hint="see why the reader ended, throw away what it has, and export again",
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(
-                f"no space left for {output}", hint="free some, or write elsewhere with -o"
+                f"no space left for {name}", hint="free some, or write elsewhere with -o"
             ) from error
         kind = NotPermitted if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else CheckpointError
-        raise kind(f"cannot write {output}: {error.strerror}", hint="give another file with -o") from error
+        raise kind(f"cannot write {name}: {error.strerror}", hint="give another file with -o") from error
