@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -91,6 +92,23 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _closed_pipe_told():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _closed_pipe_told():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _closed_pipe_told() -> Iterator[None]:
+    """An output whose reader is gone as our error: click would exit without a word."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _unwritable(error) from error
+
 
 @click.group(
     cls=LazyGroup,
@@ -149,17 +167,10 @@ def run(arguments: list[str]) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 130
-    except BrokenPipeError:
-        _drop_stdout()
-        return 1
     except OSError as error:
         if error.errno not in _OUTPUT_ERRORS or error.filename is not None:
             raise
-        _drop_stdout()
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        failure = (NoSpace if full else CheckpointError)(
-            f"cannot write the output: {error.strerror}", hint="what was asked for may have been done"
-        )
+        failure = _unwritable(error)
         report(failure, as_json=as_json)
         return failure.exit_code
     except CheckpointError as error:
@@ -167,7 +178,17 @@ def run(arguments: list[str]) -> int:
         return int(error.details.get("exit_status", error.exit_code))
 
 
-_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF)
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF, errno.EPIPE)
+
+
+def _unwritable(error: OSError) -> CheckpointError:
+    """The error of an output that cannot be written; nothing more is written to it."""
+    _drop_stdout()
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    why = "its reader is gone" if error.errno == errno.EPIPE else error.strerror
+    return (NoSpace if full else CheckpointError)(
+        f"cannot write the output: {why}", hint="what was asked for may have been done"
+    )
 
 
 def _end(number: int, _frame: object) -> None:
@@ -214,5 +235,5 @@ def _print_error_json(values: dict[str, Any]) -> None:
 
 
 def _drop_stdout() -> None:
-    """Nobody reads us any more: keep the interpreter from complaining about it at exit."""
+    """Keep the interpreter from complaining at exit about what could not be written."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

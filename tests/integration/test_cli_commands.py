@@ -332,6 +332,34 @@ def test_an_output_that_cannot_be_written_is_a_failure(house, target, words):
     assert "Traceback" not in closed.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (("ls",), 0),
+        (("ls", "--json"), 0),
+        (("--help",), 0),
+        (("dump", "--help"), 0),
+        (("dump", "-p", "PID"), 0),
+        (("dump", "-p", "PID", "--tag", "slow", "--max-frozen", "1s", "--json"), 1),
+    ],
+)
+def test_an_output_whose_reader_is_gone_is_told(house, target, words, lines):
+    words = [str(target) if word == "PID" else word for word in words]
+    with house.begin(*words) as command:
+        for _ in range(lines):
+            command.stdout.readline()
+        command.stdout.close()
+        said = command.stderr.read()
+    assert command.returncode == 1
+    if "--json" in words:
+        said = json.loads(said)
+        assert (said["reason"], said["exit_code"]) == ("FAILED", 1)
+        said = f"checkpoint: {said['message']}\n  {said['hint']}\n"
+    assert said.removeprefix("checkpoint: a warning\n") == (
+        "checkpoint: cannot write the output: its reader is gone\n  what was asked for may have been done\n"
+    )
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_messages_that_cannot_be_written_change_nothing(house, target):
     with open("/dev/full", "wb") as full:
