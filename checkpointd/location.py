@@ -15,6 +15,7 @@ from checkpointd.errors import NotPermitted, UsageError
 
 SOCKET_NAME = "checkpointd.sock"
 MAX_SOCKET_PATH = 107  # sun_path of unix(7), less the final NUL
+MAX_PORT = 65535
 
 
 def runtime_directory(environ: Mapping[str, str] = os.environ, uid: int | None = None) -> Path:
@@ -60,6 +61,27 @@ def checked_socket_path(path: str | Path) -> Path:
             hint="give a shorter path with --socket",
         )
     return full
+
+
+def checked_address(address: str, option: str, *, lowest_port: int = 1) -> tuple[str, int]:
+    """Host and port of "HOST:PORT", as given with `option`; brackets around a host of IPv6 are taken off.
+
+    Raises:
+        UsageError: it is not of that form, or there is no such port.
+    """
+    host, colon, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    in_brackets = len(host) - len(bare) == 2
+    if not (colon and bare and port.isascii() and port.isdigit()) or (":" in bare) != in_brackets:
+        raise UsageError(
+            f"{address} is not HOST:PORT", hint=f"e.g. {option} host.example:7777, or [::1]:7777 for IPv6"
+        )
+    if len(port) > len(str(MAX_PORT)) or not lowest_port <= int(port) <= MAX_PORT:
+        raise UsageError(
+            f"there is no port {port}: ports are {lowest_port} to {MAX_PORT}",
+            hint=f"give another with {option}",
+        )
+    return bare, int(port)
 
 
 def check_private_directory(directory: Path) -> None:

@@ -90,6 +90,7 @@ def connect_to_address(address: str, tls: ClientTls | None, timeout_s: float | N
         raise UsageError(
             "a service on TCP is reached with mutual TLS only", hint="give --tls-cert, --tls-key and --tls-ca"
         )
+    location.checked_address(address, "--connect")
     credentials = grpc.ssl_channel_credentials(
         root_certificates=_read(tls.ca), private_key=_read(tls.key), certificate_chain=_read(tls.certificate)
     )

@@ -28,7 +28,7 @@ from grpc_reflection.v1alpha import reflection
 
 from checkpointd.api.v1 import checkpoint_pb2, checkpoint_pb2_grpc
 from checkpointd.errors import Busy, Cancelled, NotPermitted, UsageError
-from checkpointd.location import check_private_directory
+from checkpointd.location import check_private_directory, checked_address
 from checkpointd.service.agents import DEFAULT_COMMAND, Watchdog
 from checkpointd.service.images import Stores
 from checkpointd.service.interceptors import ActivityInterceptor, ErrorInterceptor
@@ -94,6 +94,13 @@ class Server:
                 "TCP is served with mutual TLS only",
                 hint="give --tls-cert, --tls-key and --tls-client-ca, or leave --listen out",
             )
+        if config.tls is not None and not config.listen:
+            raise UsageError(
+                "certificates are for TCP, which is not served without --listen",
+                hint="give --listen HOST:PORT too, or leave the --tls-... options out",
+            )
+        if config.listen:
+            checked_address(config.listen, "--listen", lowest_port=0)
         self.config = config
         self._stop = threading.Event()
         self._lock_fd = _claim(config.socket, config.group)

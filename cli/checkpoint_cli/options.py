@@ -87,6 +87,11 @@ class Session:
                     "mutual TLS needs a certificate, a key and the service's authority",
                     hint="give all of --tls-cert, --tls-key and --tls-ca",
                 )
+            if not self.connect:
+                raise UsageError(
+                    "certificates are for a service on TCP, and none is named",
+                    hint="give --connect HOST:PORT too, or leave the --tls-... options out",
+                )
             from checkpointd.client.connection import ClientTls  # noqa: PLC0415
 
             tls = ClientTls(*map(Path, names))

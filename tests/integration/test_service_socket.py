@@ -131,15 +131,18 @@ def test_the_service_manager_is_told(house, tmp_path):
         assert manager.recv(100) == b"STOPPING=1"
 
 
+TLS_NAMES = ("--tls-cert", "c", "--tls-key", "k", "--tls-client-ca", "a")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--listen", "127.0.0.1:0"], "mutual TLS only"),
         (["--listen", "127.0.0.1:0", "--tls-cert", "c", "--tls-key", "k"], "needs a certificate, a key and"),
-        (
-            ["--listen", "127.0.0.1:0", "--tls-cert", "c", "--tls-key", "k", "--tls-client-ca", "a"],
-            "cannot read k",
-        ),
+        (["--listen", "127.0.0.1:0", *TLS_NAMES], "cannot read k"),
+        ([*TLS_NAMES], "not served without --listen"),
+        (["--listen", "127.0.0.1:70000", *TLS_NAMES], "there is no port 70000: ports are 0 to 65535"),
+        (["--listen", "127.0.0.1", *TLS_NAMES], "127.0.0.1 is not HOST:PORT"),
         (["--socket", "/tmp/" + "x" * 200], "107"),
         (["--group", "no-such-group"], "no group"),
     ],

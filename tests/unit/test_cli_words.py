@@ -53,6 +53,9 @@ def test_every_exit_code_is_in_the_help(capsys):
     assert "130" in EXIT_CODES
 
 
+TLS = ("--tls-cert", "c", "--tls-key", "k", "--tls-ca", "a")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -64,6 +67,9 @@ def test_every_exit_code_is_in_the_help(capsys):
         (["dump", "-p", "1", "--max-frozen", "200"], "write a number and its unit"),
         (["dump", "-p", "1", "--parent", "latest"], "--parent goes with --incremental"),
         (["dump", "-p", "1", "--delta"], "--delta goes with --incremental"),
+        (["ls", "--connect", "127.0.0.1", *TLS], "127.0.0.1 is not HOST:PORT"),
+        (["ls", "--connect", "127.0.0.1:70000", *TLS], "there is no port 70000"),
+        (["ls", *TLS], "give --connect HOST:PORT too"),
         (["restore"], "Missing argument"),
         (["rm"], "Missing argument"),
     ],

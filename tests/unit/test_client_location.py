@@ -13,6 +13,39 @@ from checkpointd.client.autostart import is_listening
 from checkpointd.errors import NotPermitted, UsageError
 
 
+@pytest.mark.parametrize(
+    ("address", "host", "port"),
+    [("h:1", "h", 1), ("127.0.0.1:65535", "127.0.0.1", 65535), ("[::1]:7777", "::1", 7777)],
+)
+def test_an_address_is_a_host_and_a_port(address, host, port):
+    assert location.checked_address(address, "--connect") == (host, port)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "h",
+        "h:",
+        ":1",
+        "h:0",
+        "h:65536",
+        "h:" + "9" * 5000,
+        "h:x",
+        "h:\u0661",
+        "h:-1",
+        "::1:7777",
+        "::1",
+        "[h]:1",
+        "[::1]",
+        "[::1:1",
+    ],
+)
+def test_other_addresses_are_refused(address):
+    with pytest.raises(UsageError):
+        location.checked_address(address, "--connect")
+
+
 def test_sockets_lie_in_the_user_s_runtime_directory():
     assert location.runtime_directory({"XDG_RUNTIME_DIR": "/run/user/7"}, uid=0) == Path("/run/checkpointd")
     assert location.runtime_directory({"XDG_RUNTIME_DIR": "/run/user/7"}, uid=7) == Path(
