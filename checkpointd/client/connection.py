@@ -91,16 +91,22 @@ def connect_to_address(address: str, tls: ClientTls | None, timeout_s: float | N
             "a service on TCP is reached with mutual TLS only", hint="give --tls-cert, --tls-key and --tls-ca"
         )
     location.checked_address(address, "--connect")
+    from checkpointd.client.handshake import explain  # noqa: PLC0415 - TLS is heavy
+    from checkpointd.tls import read_files  # noqa: PLC0415
+
+    pems = read_files(tls.certificate, tls.key, tls.ca)
     credentials = grpc.ssl_channel_credentials(
-        root_certificates=_read(tls.ca), private_key=_read(tls.key), certificate_chain=_read(tls.certificate)
+        root_certificates=pems.authority, private_key=pems.key, certificate_chain=pems.certificate
     )
 
     def open_channel() -> grpc.Channel:
         channel = grpc.secure_channel(address, credentials, options=_TCP_OPTIONS)
         try:
             _checked_version(channel, address)
-        except BaseException:
+        except BaseException as error:
             channel.close()
+            if isinstance(error, ServiceUnreachable) and not isinstance(error, VersionMismatch):
+                raise explain(address, pems, tls.certificate, tls.ca) or error from None
             raise
         return channel
 
@@ -257,12 +263,3 @@ class Client:
             yield
         except grpc.RpcError as failure:
             raise error_of(failure, self.where) from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror}", hint="check the --tls-... options"
-        ) from error

@@ -36,6 +36,7 @@ from checkpointd.service.notify import notify
 from checkpointd.service.operations import OperationTable
 from checkpointd.service.servicer import Servicer
 from checkpointd.service.targets import TargetTable
+from checkpointd.tls import Pems, read_files
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ class Server:
             )
         if config.listen:
             checked_address(config.listen, "--listen", lowest_port=0)
+        files = config.tls
+        pems = read_files(files.certificate, files.key, files.client_ca) if files is not None else None
         self.config = config
         self._stop = threading.Event()
         self._lock_fd = _claim(config.socket, config.group)
@@ -120,7 +123,7 @@ class Server:
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self._bind_socket()
-        self.port = self._bind_tcp() if config.listen else 0
+        self.port = self._bind_tcp(pems) if pems is not None else 0
         self._watchdog = Watchdog(self._targets.agents)
 
     def run(self) -> None:
@@ -203,25 +206,40 @@ class Server:
                 hint="give a --socket on a file system that keeps modes",
             )
 
-    def _bind_tcp(self) -> int:
-        assert self.config.tls is not None
+    def _bind_tcp(self, pems: Pems) -> int:
         credentials = grpc.ssl_server_credentials(
-            [(_read(self.config.tls.key), _read(self.config.tls.certificate))],
-            root_certificates=_read(self.config.tls.client_ca),
-            require_client_auth=True,
+            [(pems.key, pems.certificate)], root_certificates=pems.authority, require_client_auth=True
         )
+        hint = "give --listen HOST:PORT of a free port of this machine"
         try:
+            _try_to_bind(*checked_address(self.config.listen, "--listen", lowest_port=0))
             port = self._server.add_secure_port(self.config.listen, credentials)
+        except OSError as error:
+            raise UsageError(f"cannot listen at {self.config.listen}: {error.strerror}", hint=hint) from error
         except RuntimeError as error:
-            raise UsageError(
-                f"cannot listen at {self.config.listen}: {error}",
-                hint="give --listen HOST:PORT of a free port",
-            ) from error
+            raise UsageError(f"cannot listen at {self.config.listen}: {error}", hint=hint) from error
         if port == 0:
-            raise UsageError(
-                f"cannot listen at {self.config.listen}", hint="give --listen HOST:PORT of a free port"
-            )
+            raise UsageError(f"cannot listen at {self.config.listen}", hint=hint)
         return int(port)
+
+
+def _try_to_bind(host: str, port: int) -> None:
+    """gRPC has no error for what is wrong with an address, and writes lines of its own to stderr.
+
+    Raises:
+        OSError: none of the host's addresses can be bound.
+    """
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+            return
+        except OSError as error:
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def _claim(socket_path: Path, group: str) -> int:
@@ -359,12 +377,3 @@ def _has_acl(directory: Path) -> bool:
         return "system.posix_acl_access" in os.listxattr(directory)
     except OSError:  # a file system without
         return False
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror}", hint="check the --tls-... options"
-        ) from error

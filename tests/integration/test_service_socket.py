@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import re
@@ -139,7 +140,7 @@ TLS_NAMES = ("--tls-cert", "c", "--tls-key", "k", "--tls-client-ca", "a")
     [
         (["--listen", "127.0.0.1:0"], "mutual TLS only"),
         (["--listen", "127.0.0.1:0", "--tls-cert", "c", "--tls-key", "k"], "needs a certificate, a key and"),
-        (["--listen", "127.0.0.1:0", *TLS_NAMES], "cannot read k"),
+        (["--listen", "127.0.0.1:0", *TLS_NAMES], "cannot read c"),
         ([*TLS_NAMES], "not served without --listen"),
         (["--listen", "127.0.0.1:70000", *TLS_NAMES], "there is no port 70000: ports are 0 to 65535"),
         (["--listen", "127.0.0.1", *TLS_NAMES], "127.0.0.1 is not HOST:PORT"),
@@ -246,7 +247,8 @@ def tls(authority, house, tmp_path):
 
     stranger = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.crt")
-    write("server", authority.issue_cert("localhost", "127.0.0.1"))
+    stranger.cert_pem.write_to_path(tmp_path / "other-ca.crt")
+    write("server", authority.issue_cert("127.0.0.1"))
     write("client", authority.issue_cert("client@example.org"))
     write("stranger", stranger.issue_cert("client@example.org"))
     house.serve(
@@ -274,8 +276,80 @@ def test_a_client_with_a_certificate_is_served_over_tcp(tls, tmp_path):
 
 def test_a_client_of_another_authority_is_not(tls):
     address, folder = tls
-    with pytest.raises(errors.ServiceUnreachable):
+    with pytest.raises(
+        errors.NotPermitted, match=r"does not accept the certificate .*stranger\.crt"
+    ) as raised:
         connect(address=address, tls=client_tls(folder, "stranger"))
+    assert "--tls-client-ca" in raised.value.hint
+
+
+def test_a_service_of_another_authority_or_name_is_not_believed(tls):
+    address, folder = tls
+    ours = client_tls(folder)
+    other = ClientTls(ours.certificate, ours.key, folder / "other-ca.crt")
+    with pytest.raises(errors.NotPermitted, match=r"is not of the authority .*other-ca\.crt") as raised:
+        connect(address=address, tls=other)
+    assert "--tls-ca" in raised.value.hint
+    with pytest.raises(errors.NotPermitted, match="is not for localhost"):
+        connect(address=address.replace("127.0.0.1", "localhost"), tls=ours)
+
+
+def test_who_is_no_service_is_told_apart(tls):
+    _, folder = tls
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = listening.accept()
+                    with client:
+                        client.sendall(b"SSH-2.0-x\r\n")
+                        client.recv(1 << 16)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(errors.ServiceUnreachable, match="does not speak TLS"):
+            connect(address=address, tls=client_tls(folder))
+        listening.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(
+        errors.ServiceUnreachable, match=f"no service answers at {address}: Connection refused"
+    ):
+        connect(address=address, tls=client_tls(folder))
+
+
+def test_files_of_tls_that_are_wrong_are_named(tls, house):
+    address, folder = tls
+    (folder / "junk").write_text("junk")
+    crt, key, ca, junk = (str(folder / name) for name in ("client.crt", "client.key", "ca.crt", "junk"))
+    for names, said in (
+        ((crt, str(folder / "server.key"), ca), f"{folder}/server.key does not fit the certificate {crt}"),
+        ((crt, junk, ca), f"{junk} holds no private key"),
+        ((junk, key, ca), f"{junk} holds no certificate"),
+        ((crt, key, junk), f"{junk} holds no certificate"),
+    ):
+        options = zip(("--tls-cert", "--tls-key", "--tls-ca"), names, strict=True)
+        done = house.checkpoint("ls", "--connect", address, *(word for pair in options for word in pair))
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+        options = zip(("--tls-cert", "--tls-key", "--tls-client-ca"), names, strict=True)
+        words = [word for pair in options for word in pair]
+        done = checkpointd(house, "--socket", str(folder / "s" / "s.sock"), "--listen", "127.0.0.1:0", *words)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+        assert len(done.stderr.splitlines()) == 2  # none of gRPC's
+
+
+def test_a_port_that_is_taken_is_told(tls, house):
+    address, folder = tls
+    done = checkpointd(
+        house,
+        *("--socket", str(folder / "s" / "s.sock"), "--listen", address),
+        *("--tls-cert", str(folder / "server.crt"), "--tls-key", str(folder / "server.key")),
+        *("--tls-client-ca", str(folder / "ca.crt")),
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"checkpointd: cannot listen at {address}: Address already in use",
+        "  give --listen HOST:PORT of a free port of this machine",
+    ]
 
 
 def test_a_client_without_tls_is_not(tls):
