@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import importlib
 import json
 import os
@@ -30,6 +31,8 @@ COMMANDS = (
     *("measure", "report"),
     *("status", "watch", "cancel", "serve", "completion"),
 )
+
+GC_THRESHOLD = 50_000
 
 REASON_LISTS = ("blockers", "conflicts", "reasons", "problems")
 """Details of an error that list all its reasons, one sentence each."""
@@ -125,8 +128,13 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point; exits."""
+    # What is imported lives to the end: looking through it for cycles, at the start and at the end, takes a sixth of
+    # a short command's time.
+    gc.set_threshold(GC_THRESHOLD)
     _hold_standard_streams()
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    gc.freeze()
+    sys.exit(status)
 
 
 def _hold_standard_streams() -> None:
