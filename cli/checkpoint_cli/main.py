@@ -183,7 +183,7 @@ def run(arguments: list[str]) -> int:
         return failure.exit_code
     except CheckpointError as error:
         report(error, as_json=as_json)
-        return int(error.details.get("exit_status", error.exit_code))
+        return _exit_status(error)
 
 
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF, errno.EPIPE)
@@ -221,10 +221,15 @@ def _hint_of(error: click.ClickException) -> str:
     return ""
 
 
+def _exit_status(error: CheckpointError) -> int:
+    """Not that of the error's kind after a signal: what was cancelled by Ctrl-C was not by somebody else."""
+    return int(error.details.get("exit_status", error.exit_code))
+
+
 def report(error: CheckpointError, *, as_json: bool) -> None:
     """Say what failed, and what to do next, on stderr."""
     if as_json:
-        _print_error_json(error.to_dict())
+        _print_error_json({**error.to_dict(), "exit_code": _exit_status(error)})
         return
     tell(f"checkpoint: {printable_lines(error.message)}")
     for name in REASON_LISTS:

@@ -170,7 +170,8 @@ def test_an_interrupt_cancels_the_dump(house, target, number, status):
         events_until(command, lambda event: event.get("phase") == "copying")
         command.send_signal(number)
         assert command.wait(30) == status
-        assert json.loads(command.stderr.read())["reason"] == "CANCELLED"
+        error = json.loads(command.stderr.read())
+        assert (error["reason"], error["exit_code"]) == ("CANCELLED", status)
     assert house.agent_notes().count("cancel") == before + 1
     assert len(house.checkpoint_json("ls")["images"]) == nr_images
 
