@@ -95,7 +95,7 @@ def export_chunks(store: Store, image_id: str) -> Iterator[bytes]:
         except CheckpointError as error:
             _put(chunks, error, abandoned)
         except Exception as error:
-            _put(chunks, CheckpointError(f"the export of {image_id[:16]} failed: {error}"), abandoned)
+            _put(chunks, CheckpointError(f"the export of {image_id[:12]} failed: {error}"), abandoned)
 
     threading.Thread(target=work, name=f"export-{image_id[:8]}", daemon=True).start()
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from checkpoint_cli.output import printable_lines, tell
+from checkpoint_cli.output import printable_lines, short_id, tell
 from checkpointd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def complete_image(ctx: click.Context, _param: click.Parameter, incomplete: str)
     try:
         with checkpointd.client.connect(start=False, timeout_s=2.0) as client:
             images = client.list(store=os.environ.get("CHECKPOINT_STORE", ""))["images"]
-            words += [image["id"][:12] for image in images]
+            words += [short_id(image["id"]) for image in images]
             words += [f"tag:{image['tag']}" for image in images if image["tag"]]
     except CheckpointError:
         pass

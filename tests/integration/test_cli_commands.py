@@ -199,6 +199,15 @@ def test_a_killed_command_s_dump_can_be_watched_and_cancelled(house, target):
     assert "failed" in house.checkpoint("status").stdout
 
 
+def test_an_operation_that_has_ended_can_be_watched(house, target):
+    done = house.checkpoint("dump", "-p", str(target), "--json")
+    operation = json.loads(done.stdout.splitlines()[0])["operation_id"]
+    image_id = last_image(house)["id"]
+    assert house.checkpoint("watch", operation).stdout.splitlines()[-1] == (
+        f"done: dump of image {image_id[:12]}"
+    )
+
+
 def test_an_export_is_private_whole_and_never_replaces_a_file_by_accident(house, target, tmp_path):
     assert house.checkpoint("dump", "-p", str(target)).returncode == 0
     path = tmp_path / "f.ckpt"

@@ -9,6 +9,7 @@ from google.rpc import error_details_pb2
 
 from checkpointd import errors
 from checkpointd.client.wire import error_of
+from checkpointd.service.images import export_chunks
 from checkpointd.service.status import DOMAIN, MAX_DETAILS, code_of, status_of
 
 
@@ -81,3 +82,12 @@ def test_failures_of_grpc_itself_get_a_sentence_too(code, cls):
     got = error_of(Failure(code, "said"), "/run/x.sock")
     assert type(got) is cls
     assert got.message
+
+
+def test_a_surprise_in_an_export_is_an_error_that_names_the_image():
+    class Store:
+        def export_image(self, image_id, sink):
+            raise ValueError("why")
+
+    with pytest.raises(errors.CheckpointError, match=r"^the export of 0123456789ab failed: why$"):
+        list(export_chunks(Store(), "0123456789abcdef"))

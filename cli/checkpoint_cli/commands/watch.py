@@ -6,7 +6,7 @@ from __future__ import annotations
 import click
 
 from checkpoint_cli.options import Session, session_options
-from checkpoint_cli.output import print_line
+from checkpoint_cli.output import print_line, short_id
 
 
 @click.command(
@@ -30,5 +30,5 @@ def command(session: Session, operation: str) -> None:
             elif event["message_type"] == "progress" and session.verbose:
                 session.say(f"{event['done']} of {event['total']} {event['unit']}")
             elif event["message_type"] == "summary":
-                done = event.get("image_id") or ", ".join(event.get("image_ids", ()))
-                session.say(f"done: {event['operation']} of image {done}")
+                ids = [event["image_id"]] if event.get("image_id") else event.get("image_ids", ())
+                session.say(f"done: {event['operation']} of image {', '.join(map(short_id, ids))}")
