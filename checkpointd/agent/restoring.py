@@ -124,4 +124,4 @@ def _content(image: Image, index: int) -> Iterator[bytes]:
 def _nothing_restored(error: ImageDamaged, image_id: str) -> ImageDamaged:
     if error.hint == ImageDamaged.usual_hint:
         error.hint = f"nothing was restored of it; {error.hint}"
-    return error.of_image(f"image {image_id[:16]}")
+    return error.of_image(f"image {image_id[:12]}")

@@ -230,7 +230,7 @@ class Dumper:
 
     def _begin(self, options: DumpOptions, work: Work) -> None:
         parent = work.stats.parent_id
-        what = f"the parent image {parent[:16]} of process {self.pid}"
+        what = f"the parent image {parent[:12]} of process {self.pid}"
         hint = "dump in full (without --incremental), or name a parent that is there with --parent"
         try:
             self._worker.begin(

@@ -505,12 +505,12 @@ def _naming(image_id: str) -> Iterator[None]:
     try:
         yield
     except ImageDamaged as error:
-        raise error.of_image(f"image {image_id[:16]}") from error.__cause__
+        raise error.of_image(f"image {image_id[:12]}") from error.__cause__
 
 
 def _not_found(image_id: str) -> ImageNotFound:
     return ImageNotFound(
-        f"there is no image {image_id[:16]}", hint="`checkpoint ls` lists the images", image_id=image_id
+        f"there is no image {image_id[:12]}", hint="`checkpoint ls` lists the images", image_id=image_id
     )
 
 

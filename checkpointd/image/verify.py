@@ -49,7 +49,7 @@ class VerifyReport:
         if self.problems:
             more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
             raise ImageDamaged(self.problems[0] + more, problems=self.problems).of_image(
-                f"image {self.image_id[:16]}"
+                f"image {self.image_id[:12]}"
             )
 
     def to_dict(self) -> dict[str, Any]:

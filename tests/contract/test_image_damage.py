@@ -115,7 +115,7 @@ def found_and_harmless(path, name, truth):
             assert report.ok or name.startswith("packs/"), "a damaged image was exported"
     assert messages, f"damage of {name} was not found"
     if name.startswith(("images/", "packs/")):
-        stem = name.split("/")[1][:16]
+        stem = name.split("/")[1][:12]
         assert any(stem in message for message in messages), messages
     return messages
 
@@ -436,7 +436,7 @@ def test_who_reads_a_damaged_image_is_told_which_one(original, tmp_path, damaged
         file.write_bytes(flipped(content, len(content) // 2, 1))
     store = Store.open(copy)
     image_id = next(iter(truth))
-    named = f"image {image_id[:16]} is damaged: {damaged_file}s/"
+    named = f"image {image_id[:12]} is damaged: {damaged_file}s/"
     with pytest.raises(ImageDamaged) as caught:
         store.export_image(image_id, io.BytesIO())
     assert caught.value.message.startswith(named)

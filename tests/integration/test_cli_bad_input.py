@@ -384,7 +384,7 @@ def test_a_missing_parent(house, target):
         house,
         ["dump", "-i", "-p", str(target.pid)],
         9,
-        f"parent image {first['image_id'][:16]} of process {target.pid}",
+        f"parent image {first['image_id'][:12]} of process {target.pid}",
         "without --incremental",
     )
     refused(
