@@ -116,12 +116,16 @@ class Dumper:
     def track(self, backend: str = "auto", *, precise: bool = False) -> Choice:
         """Arm dirty tracking without a dump: the first dump is full all the same.
 
+        What is tracked so already goes on as it is: armed anew, it would have forgotten which image it began at.
+
         Args:
             precise: by soft-dirty bits made exact, patched or emulated; holds for later dumps with "auto" too.
 
         Raises:
             KernelLacks: neither can be had.
         """
+        if self._tracker is not None and backend in ("auto", self._tracker.name) and precise == self._precise:
+            return self.choice
         with freeze(self.pid) as frozen:
             note_sleeps(frozen, self.sleeps)
             with frozen.inject() as remote:

@@ -318,6 +318,18 @@ def _policies(*tids):
     return {os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK for tid in tids}
 
 
+@pytest.mark.needs("uffd_wp")
+def test_tracking_what_is_tracked_keeps_its_epoch(target, dumper, store, tmp_path):
+    dumper.dump(options(tmp_path))
+    assert dumper.track() == dumper.track("uffd-wp") == dumper.choice
+    target.write(p7=9)
+    made = dumper.dump(options(tmp_path, incremental=True))
+    assert made.backend == "uffd-wp"  # "content", had the tracker forgotten the image
+    assert made.pages_skipped_parent > 200
+    dumper.track("content")
+    assert dumper.choice.backend == "content"
+
+
 @pytest.mark.needs("realtime")
 @pytest.mark.parametrize("read_mode", ["stopped", "fork"])
 def test_those_the_target_waits_for_go_ahead_of_others_until_the_thaw(

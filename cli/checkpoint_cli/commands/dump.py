@@ -65,17 +65,18 @@ def command(session: Session, pid: int, max_frozen: int, **options: Any) -> None
         events = client.dump(pid, max_frozen_us=max_frozen, **options)
         summary = follow(session, client, events, f"dump of {pid}")
     if not session.json:
-        _show(session, summary)
+        _show(session, summary, killed=options["kill"])
 
 
-def _show(session: Session, summary: dict[str, Any]) -> None:
+def _show(session: Session, summary: dict[str, Any], *, killed: bool) -> None:
     for warning in summary["warnings"]:
         tell(f"checkpoint: {warning}")
     if session.quiet:
         click.echo(summary["image_id"])
         return
     kind = f"incremental, parent {short_id(summary['parent_id'])}" if summary["parent_id"] else "full"
-    session.say(f"image {short_id(summary['image_id'])} ({kind}) of pid {summary['pid']}")
+    fate = ", which was killed" if killed else ""
+    session.say(f"image {short_id(summary['image_id'])} ({kind}) of pid {summary['pid']}{fate}")
     if summary["backend_reason"]:
         session.say(f"  changes  found by {summary['backend']}: {summary['backend_reason']}")
     session.say(
