@@ -72,6 +72,10 @@ def checked_address(address: str, option: str, *, lowest_port: int = 1) -> tuple
     host, colon, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     in_brackets = len(host) - len(bare) == 2
+    try:
+        bare.encode("idna")
+    except UnicodeError:  # an empty label, or one that is too long
+        bare = ""
     if not (colon and bare and port.isascii() and port.isdigit()) or (":" in bare) != in_brackets:
         raise UsageError(
             f"{address} is not HOST:PORT", hint=f"e.g. {option} host.example:7777, or [::1]:7777 for IPv6"

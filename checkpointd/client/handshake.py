@@ -17,6 +17,8 @@ from checkpointd.tls import Pems, identify, trust
 TIMEOUT_S = 5.0
 
 _OF_ANOTHER_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+# alerts, as OpenSSL names them
+_OF_OUR_CERTIFICATE = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")
 _OF_ANOTHER_TIME = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 
 
@@ -34,9 +36,12 @@ def explain(address: str, ours: Pems, certificate: Path, authority: Path) -> Che
             f"no service answers at {address}: {error.strerror or error}",
             hint="start it there with `checkpointd --listen`, or give another --connect",
         )
+    refused = f"the service at {address} does not accept the certificate {certificate}"
+    done = False
     with connection:
         try:
             with _context(ours).wrap_socket(connection, server_hostname=host) as secure:
+                done = True
                 if secure.recv(1):  # its settings: it takes us
                     return None
         except ssl.SSLCertVerificationError as error:
@@ -48,12 +53,20 @@ def explain(address: str, ours: Pems, certificate: Path, authority: Path) -> Che
                 return ServiceUnreachable(
                     f"what answers at {address} does not speak TLS", hint="give another --connect"
                 )
-            if "ALERT" not in (error.reason or ""):
+            if not any(alert in (error.reason or "") for alert in _OF_OUR_CERTIFICATE):
                 return None
+            done = True
         except OSError:
             pass
+        else:
+            refused = (
+                f"the service at {address} closed the connection: "
+                f"it seems not to accept the certificate {certificate}"
+            )
+    if not done:  # somebody between us and it, or it is just ending
+        return None
     return NotPermitted(
-        f"the service at {address} does not accept the certificate {certificate}",
+        refused,
         hint="give one with --tls-cert that is valid now and that the authority of its --tls-client-ca signed",
     )
 

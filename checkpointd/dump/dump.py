@@ -218,10 +218,12 @@ class Dumper:
                     self._read_copy(work.copy, work, report)
                 self._finish(options, parent, work, report)
         except BaseException as error:
-            if self._tracker is not None:
-                self._tracker.rollback()
-            with contextlib.suppress(CheckpointError):
-                self._worker.abort()
+            try:
+                if self._tracker is not None:
+                    self._tracker.rollback()
+            finally:
+                with contextlib.suppress(CheckpointError):
+                    self._worker.abort()
             if isinstance(error, ProcessLookupError) and not lives(self.pid, self.pid):
                 raise gone(self.pid) from error
             raise
@@ -509,6 +511,9 @@ class Dumper:
         stats.pages_delta = found["pages_delta"]
         stats.bytes_raw, stats.bytes_stored = found["bytes_raw"], found["bytes_stored"]
         tracepoint.hit("dump.committed")
+        self.epoch_image_id = (
+            ""  # an interruption between the two must not let the new epoch pass for the old one
+        )
         if self._tracker is not None:
             self._tracker.commit()
         self.epoch_image_id = self.last_image_id = stats.image_id

@@ -39,6 +39,7 @@ _NR_WAIT4 = 61
 _WNOHANG, _WALL = 1, 0x4000_0000
 _RELEASED_EXIT = 99  # see blobs/runner.S
 _BORN_TIMEOUT_S = 5.0
+_MARK = 1000  # oom_score_adj: the OOM killer takes it first, and we know it again
 
 
 class ForkedCopy:
@@ -101,7 +102,7 @@ def fork_copy(remote: Injection) -> ForkedCopy:
         hit("fork.born")
         ptrace.set_options(child, ptrace.O_TRACESYSGOOD | ptrace.O_EXITKILL)
         hit("fork.exitkill")
-        Path(f"/proc/{child}/oom_score_adj").write_text("1000", encoding="ascii")
+        Path(f"/proc/{child}/oom_score_adj").write_text(str(_MARK), encoding="ascii")
         hit("fork.done")
     except BaseException:
         copy.close()
@@ -115,18 +116,24 @@ def reap_copy(remote: Injection, copy: ForkedCopy) -> bool:
     return result == copy.pid_inside
 
 
-def strays(children: Iterable[int]) -> list[int]:
+def strays(pid: int, children: Iterable[int], *, surely: bool = True) -> list[int]:
     """Which of these children of a target are copies that dead agents left as its zombies.
 
-    They are told from children of the program's own by what no other child combines: no exit signal, and either
-    killed without ever having run (not one page fault), or ended by the runner's own exit code.
+    They are told from children of the program's own by what no other child combines: no exit signal, killed without
+    ever having run (not one page fault), and our mark, an oom_score_adj of 1000 where the target has another one.
+
+    Args:
+        surely: else the mark is not asked for, and one ended by the runner's own exit code is a stray too: a copy whose
+            maker was killed in the microseconds before it could be marked.  A program's own may be among these.
     """
-    return [child for child in children if _is_stray(child)]
+    if surely and _oom_score_adj(pid) == _MARK:
+        return []  # it may have given the mark to children of its own
+    return [child for child in children if _is_stray(child, surely=surely)]
 
 
-def reap_strays(remote: Injection) -> int:
+def reap_strays(remote: Injection, *, surely: bool = True) -> int:
     """Reap what dead agents left; how many."""
-    found = strays(process.children(remote.pid))
+    found = strays(remote.pid, process.children(remote.pid), surely=surely)
     if not found:
         return 0
     inside = [int(process.read_status(child)["NSpid"].split()[-1]) for child in found]
@@ -145,30 +152,38 @@ def reap_after_death(pid: int, timeout_s: float) -> int:
     """
     from checkpointd.target.freeze import freeze  # noqa: PLC0415 - it knows this module
 
+    if _oom_score_adj(pid) == _MARK:
+        return 0
     deadline = time.monotonic() + timeout_s
-    while True:
-        copies = [child for child in process.children(pid) if _looks_like_copy(child)]
-        if not copies:
-            return 0
-        if strays(copies) == copies or time.monotonic() > deadline:
-            break
+    while any(_looks_like_copy(child) for child in process.children(pid)) and time.monotonic() < deadline:
         time.sleep(0.01)
+    if not strays(pid, process.children(pid)):
+        return 0
     with freeze(pid) as frozen, frozen.inject() as remote:
         return reap_strays(remote)
 
 
+def _oom_score_adj(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text(encoding="ascii"))
+
+
 def _looks_like_copy(child: int) -> bool:
-    """Alive or dead: without exit signal, and it never ran."""
+    """Alive: without exit signal, marked, and it never ran."""
     try:
         fields = process.read_stat(child).fields
+        return (
+            fields[0] != "Z"
+            and fields[35] == fields[7] == fields[9] == "0"
+            and _oom_score_adj(child) == _MARK
+        )
     except (OSError, ValueError):
         return False
-    return fields[35] == "0" and (fields[7] == fields[9] == "0" or _is_stray(child))
 
 
-def _is_stray(child: int) -> bool:
+def _is_stray(child: int, *, surely: bool) -> bool:
     try:
         fields = process.read_stat(child).fields
+        is_marked = _oom_score_adj(child) == _MARK
     except (OSError, ValueError):
         return False
     # proc_pid_stat(5): state 3, minflt 10, majflt 12, exit_signal 38, exit_code 52
@@ -176,7 +191,9 @@ def _is_stray(child: int) -> bool:
     if state != "Z" or exit_signal or majflt:
         return False
     exit_code = int(fields[49])
-    return (exit_code == signal.SIGKILL and minflt == 0) or (exit_code == _RELEASED_EXIT << 8 and minflt <= 4)
+    if exit_code == signal.SIGKILL and minflt == 0:
+        return is_marked or not surely
+    return not surely and exit_code == _RELEASED_EXIT << 8 and minflt <= 4
 
 
 def _children(pid: int) -> set[int]:

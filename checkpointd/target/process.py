@@ -158,7 +158,7 @@ def _fill(draft: ProcessDraft, vmas: Sequence[Vma]) -> None:
     draft.blockers += _feature_blockers(status)
     draft.blockers += _directory_blockers(pid)
     children = process.children(pid)
-    draft.strays = strays(children)
+    draft.strays = strays(pid, children)
     children = [child for child in children if child not in draft.strays]
     if children:
         draft.warnings.append(

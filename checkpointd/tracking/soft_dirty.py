@@ -110,6 +110,7 @@ class SoftDirtyTracker:
         self._epochs = Epochs()
 
     def collect(self, space: Space) -> Collection:
+        self._epochs.rollback()  # one that was never decided
         # flags of this very moment: `sd`, `mg` and `uw` change without a trace in maps
         vmas = maps.read_smaps(self._pid)
         present = look(space, self._sight, soft_dirty=True)

@@ -113,6 +113,7 @@ class UffdWpTracker:
 
     def collect(self, space: Space) -> Collection:
         self._settle()
+        self._epochs.rollback()  # one that was never decided
         known = self._known(space)
         present = self._present(space, known)
         tracepoint.hit("track.scanned")
@@ -125,10 +126,7 @@ class UffdWpTracker:
                 present = self._present(space, known)
             return self._collect(space, present, known, foreign)
         except BaseException:
-            # what was armed is not known: nothing is clean until a collection has looked at everything
-            self._last, self._seen = None, NO_RUNS
-            self._epochs.forget()
-            self._may_be_stale = True
+            self._distrust()
             raise
 
     def _collect(
@@ -257,7 +255,6 @@ class UffdWpTracker:
 
     def written_now(self, pid: int) -> Runs:
         """What would be dirty of the pages that held data; the target may be running."""
-        self._settle()
         if len(self._seen) == 0:
             return NO_RUNS
         pagemap = ps.open_pagemap(pid)
@@ -270,12 +267,28 @@ class UffdWpTracker:
         return intersect_runs(merge_runs(runs), self._seen)
 
     def commit(self) -> None:
-        self._settle()
+        try:
+            self._settle()
+        except BaseException:
+            self._distrust()
+            raise
         self._epochs.commit()
 
     def rollback(self) -> None:
-        self._settle()
+        try:
+            self._settle()
+        except Exception:  # no memory for it: whoever rolls back has an error to tell already
+            self._distrust()
+        except BaseException:
+            self._distrust()
+            raise
         self._epochs.rollback()
+
+    def _distrust(self) -> None:
+        """What was armed is not known: nothing is clean until a collection has looked at everything."""
+        self._last, self._seen = None, NO_RUNS
+        self._epochs.forget()
+        self._may_be_stale = True
 
     def disarm(self) -> None:
         self._walker.shutdown()

@@ -178,6 +178,37 @@ def test_what_the_target_need_not_wait_for_is_worked_out_afterwards(
         assert area.pages(again.dirty) == written
 
 
+@pytest.mark.needs("holes_are_written")
+def test_what_cannot_be_worked_out_afterwards_makes_nothing_clean(
+    area: Area, tracker: uffd_wp.UffdWpTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker.collect(area.space())
+    tracker.commit()
+    area.bytes[8 * PAGE_SIZE] = 2
+
+    def no_memory(*_: Any) -> Runs:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uffd_wp, "_unchanged", no_memory)
+        found = tracker.collect(area.space())
+        with pytest.raises(MemoryError):
+            _ = found.clean
+        tracker.rollback()  # of the dump that fails for it
+    again = tracker.collect(area.space())
+    assert len(again.clean) == 0
+    assert area.pages(again.dirty) == set(range(NR_PAGES))
+
+
+@pytest.mark.needs("holes_are_written")
+def test_a_collection_that_nobody_decides_is_rolled_back(area: Area, tracker: uffd_wp.UffdWpTracker) -> None:
+    tracker.collect(area.space())
+    tracker.commit()
+    area.bytes[8 * PAGE_SIZE] = 2
+    tracker.collect(area.space())
+    assert 8 in area.pages(tracker.collect(area.space()).dirty)
+
+
 @pytest.mark.parametrize("by_writing", [True, False])
 def test_an_emptied_page_that_somebody_fills_between_the_steps_is_not_the_parents(
     area: Area, tracker: uffd_wp.UffdWpTracker, by_writing: bool

@@ -303,10 +303,14 @@ def test_an_import_that_waits_for_more_can_be_interrupted(house, target, number,
         with subprocess.Popen(
             house.command("import", "-"), stdin=reads, stderr=subprocess.PIPE, env=house.environ
         ) as command:
-            os.write(writes, b"CKPT")
-            wait_until(lambda: not select.select([reads], [], [], 0)[0], "the command's reading")
-            command.send_signal(number)
-            assert command.wait(30) == status
+            try:
+                os.write(writes, b"CKPT")
+                wait_until(lambda: not select.select([reads], [], [], 0)[0], "the command's reading")
+                command.send_signal(number)
+                assert command.wait(30) == status
+            except BaseException:
+                command.kill()  # or it would be waited for
+                raise
             assert b"Traceback" not in command.stderr.read()
     finally:
         os.close(reads)

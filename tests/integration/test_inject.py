@@ -429,7 +429,7 @@ def test_a_copy_dies_with_its_maker_and_is_reaped_by_the_next(start):
                 lab.kill_at(zygote, target, "copy", at, lab.Tally(), name)
     assert target.nr_zombies() > 0
     with freeze(target.pid) as frozen, frozen.inject() as remote:
-        fork.reap_strays(remote)
+        fork.reap_strays(remote, surely=False)
     assert target.nr_zombies() == 0
 
 
@@ -459,7 +459,7 @@ def test_a_child_of_the_programs_own_is_no_stray(tmp_path):
     try:
         time.sleep(0.1)
         with freeze(child.pid) as frozen, frozen.inject() as remote:
-            assert fork.reap_strays(remote) == 0
+            assert fork.reap_strays(remote, surely=False) == 0
         child.communicate(b"\n", timeout=10)
         assert child.returncode == 0
     finally:

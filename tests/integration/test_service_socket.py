@@ -276,9 +276,7 @@ def test_a_client_with_a_certificate_is_served_over_tcp(tls, tmp_path):
 
 def test_a_client_of_another_authority_is_not(tls):
     address, folder = tls
-    with pytest.raises(
-        errors.NotPermitted, match=r"does not accept the certificate .*stranger\.crt"
-    ) as raised:
+    with pytest.raises(errors.NotPermitted, match=r"accept the certificate .*stranger\.crt") as raised:
         connect(address=address, tls=client_tls(folder, "stranger"))
     assert "--tls-client-ca" in raised.value.hint
 

@@ -65,7 +65,7 @@ def copy(pid: int) -> None:
     with freeze(pid) as frozen:
         rsp = frozen.leader.regs.rsp & ~0xFFF
         with frozen.inject() as remote:
-            fork.reap_strays(remote)
+            fork.reap_strays(remote, surely=False)
             child = frozen.child_fork(remote)
     with child:
         read_mem(child.pid, rsp, 4096)
@@ -86,7 +86,7 @@ def fail(pid: int) -> None:
 def clean(pid: int) -> int:
     """Reap what dead agents left; how many zombies."""
     with freeze(pid) as frozen, frozen.inject() as remote:
-        return fork.reap_strays(remote)
+        return fork.reap_strays(remote, surely=False)
 
 
 def dump(pid: int) -> None:

@@ -11,6 +11,7 @@ import select
 import stat
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -21,6 +22,7 @@ from checkpoint_cli.output import print_document, short_id, size
 from checkpointd.errors import CheckpointError, NoSpace, NotPermitted
 
 PIPE_POLL_MS = 20
+PATIENCE_S = 10.0  # with a reader that takes nothing
 
 
 @click.command(
@@ -90,16 +92,23 @@ def _sink(output: str, force: bool) -> Iterator[BinaryIO]:
 def _until_read(fd: int) -> None:
     """Wait until a pipe's reader has taken all of it: the end of a small image fits into a pipe that nobody reads on.
 
+    Not for ever: a reader may be waiting for our end before it reads.
+
     Raises:
         BrokenPipeError: there is no reader any more.
     """
-    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode) or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_RDWR:
         return
     reader = select.poll()
     reader.register(fd, 0)  # POLLERR, when the last reader is gone, is always told
-    while _unread(fd):
-        if reader.poll(PIPE_POLL_MS) and _unread(fd):
+    left, since = _unread(fd), time.monotonic()
+    while left and time.monotonic() - since < PATIENCE_S:
+        gone = reader.poll(PIPE_POLL_MS)
+        now = _unread(fd)
+        if gone and now:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        if now != left:
+            left, since = now, time.monotonic()
 
 
 def _unread(pipe: int) -> int:
