@@ -32,6 +32,9 @@ COMMANDS = (
     *("status", "watch", "cancel", "serve", "completion"),
 )
 
+ONLY_SHOW = frozenset({"check", "ls", "show", "report", "status", "completion"})
+"""Commands that change nothing."""
+
 GC_THRESHOLD = 50_000
 
 REASON_LISTS = ("blockers", "conflicts", "reasons", "problems")
@@ -95,21 +98,22 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)
 
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _closed_pipe_told():
-            return super().make_context(*args, **kwargs)
-
     def invoke(self, ctx: click.Context) -> Any:
-        with _closed_pipe_told():
+        with _closed_pipe_told(ctx):
             return super().invoke(ctx)
 
 
 @contextlib.contextmanager
-def _closed_pipe_told() -> Iterator[None]:
-    """An output whose reader is gone as our error: click would exit without a word."""
+def _closed_pipe_told(ctx: click.Context) -> Iterator[None]:
+    """An output whose reader is gone as our error, where more was asked for than to see it.
+
+    click would exit without a word; so it does after `ls | head`, as other programs do.
+    """
     try:
         yield
     except BrokenPipeError as error:
+        if ctx.invoked_subcommand in ONLY_SHOW or any(word in ctx.help_option_names for word in sys.argv):
+            raise
         raise _unwritable(error) from error
 
 

@@ -349,10 +349,7 @@ def test_an_output_that_cannot_be_written_is_a_failure(house, target, words):
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
-        (("ls",), 0),
-        (("ls", "--json"), 0),
-        (("--help",), 0),
-        (("dump", "--help"), 0),
+        (("track", "-p", "PID"), 0),
         (("dump", "-p", "PID"), 0),
         (("dump", "-p", "PID", "--tag", "slow", "--max-frozen", "1s", "--json"), 1),
     ],
@@ -372,6 +369,14 @@ def test_an_output_whose_reader_is_gone_is_told(house, target, words, lines):
     assert said.removeprefix("checkpoint: a warning\n") == (
         "checkpoint: cannot write the output: its reader is gone\n  what was asked for may have been done\n"
     )
+
+
+@pytest.mark.parametrize("words", [("ls",), ("ls", "--json"), ("--help",), ("dump", "--help")])
+def test_what_only_shows_ends_without_a_word_when_its_reader_is_gone(house, words):
+    with house.begin(*words) as command:
+        command.stdout.close()
+        assert command.stderr.read() == ""
+    assert command.returncode == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
