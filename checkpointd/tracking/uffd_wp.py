@@ -246,8 +246,8 @@ class UffdWpTracker:
         # An armed guard page does not read WRITTEN.  What holds data here was filled between the walks, or written
         # again: by somebody who does not stand still, and it is not armed.
         holding = (others[:, 2] & np.uint64(ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED)) != 0
-        raced = bool(holding.any())
-        if raced:
+        raced = bool((holding & ((others[:, 2] & np.uint64(guard)) == 0)).any())  # guards hold nothing
+        if holding.any():
             regions = np.concatenate((taken, others[holding]))
             regions = regions[np.argsort(regions[:, 0], kind="stable")]
             present = holding_data(space.pagemap, regions, vmas)

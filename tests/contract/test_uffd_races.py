@@ -53,6 +53,9 @@ class Area:
     def discard(self, page: int) -> None:
         self._map.madvise(mmap.MADV_DONTNEED, (page + 1) * PAGE_SIZE, PAGE_SIZE)
 
+    def guard(self, page: int) -> None:
+        self._map.madvise(102, (page + 1) * PAGE_SIZE, PAGE_SIZE)  # MADV_GUARD_INSTALL
+
     def space(self) -> Space:
         vmas = [v for v in maps.read_smaps(os.getpid()) if v.start < self.end and v.end > self.start]
         cut = [dataclasses.replace(v, start=max(v.start, self.start), end=min(v.end, self.end)) for v in vmas]
@@ -176,6 +179,19 @@ def test_what_the_target_need_not_wait_for_is_worked_out_afterwards(
     else:  # what a failed dump reported is not among what was written since: all is worked out at once
         assert again.unread is None
         assert area.pages(again.dirty) == written
+
+
+@pytest.mark.needs("holes_are_written", "guard")
+def test_guard_pages_do_not_make_the_target_wait(area: Area, tracker: uffd_wp.UffdWpTracker) -> None:
+    area.guard(5)
+    for _ in range(3):
+        found = tracker.collect(dataclasses.replace(area.space(), early=lambda _: None))
+        tracker.commit()
+        assert area.pages(found.guards) == {5}
+        assert 5 not in area.pages(found.clean) | area.pages(found.dirty)
+    assert found.unread is not None
+    area.bytes[8 * PAGE_SIZE] = 2
+    assert area.pages(tracker.collect(area.space()).dirty) == {8}
 
 
 @pytest.mark.needs("holes_are_written")
