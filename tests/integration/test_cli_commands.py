@@ -301,7 +301,12 @@ def test_an_import_that_waits_for_more_can_be_interrupted(house, target, number,
     reads, writes = os.pipe()
     try:
         with subprocess.Popen(
-            house.command("import", "-"), stdin=reads, stderr=subprocess.PIPE, env=house.environ
+            house.command("import", "-"),
+            stdin=reads,
+            stderr=subprocess.PIPE,
+            env=house.environ,
+            # what runs in the background of a shell script has Ctrl-C ignored, and so would the command
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as command:
             try:
                 os.write(writes, b"CKPT")
