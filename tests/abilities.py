@@ -133,6 +133,11 @@ def _realtime() -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
+def _memfd_secret() -> bool:
+    os.close(_syscall(447, 0))
+    return True
+
+
 def _c_xxh3() -> bool:
     """A library with XXH3 in C that looks at the CPU (the package's own, Debian's), and memory to call it from."""
     if os.uname().machine != "x86_64":
@@ -294,6 +299,7 @@ ABILITIES: dict[str, Callable[[], bool]] = {
     "ptrace": _ptrace,
     "realtime": _realtime,
     "c_xxh3": _c_xxh3,
+    "memfd_secret": _memfd_secret,
     "tcp_md5": _tcp_md5,
     "uffd_wp": _uffd_wp,
     "holes_are_written": _holes_are_written,

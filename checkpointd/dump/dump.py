@@ -43,7 +43,13 @@ from checkpointd.dump.options import DumpOptions
 from checkpointd.dump.page_reading import CopyRequest
 from checkpointd.dump.pages import PageWorker
 from checkpointd.dump.priority import AheadOfOthers
-from checkpointd.dump.targets import KnownAlone, forks_cost_pool_pages, is_watched, written_beside
+from checkpointd.dump.targets import (
+    KnownAlone,
+    forks_cost_pool_pages,
+    identity_of,
+    is_watched,
+    written_beside,
+)
 from checkpointd.dump.work import Work
 from checkpointd.errors import (
     Busy,
@@ -100,7 +106,7 @@ class Dumper:
         self, pid: int, *, worker: PageWorker | None = None, sleeps: SleepMemory | None = None
     ) -> None:
         self.pid = pid
-        self.identity = _identity(pid)
+        self.identity = identity_of(pid)
         self.epoch_image_id = ""
         self.last_image_id = ""
         self.choice = Choice("", "")
@@ -475,9 +481,7 @@ class Dumper:
     def _finish(self, options: DumpOptions, parent: str, work: Work, report: Report) -> None:
         report("encoding", 0, 0)
         at = time.monotonic_ns()
-        if work.found is not None:
-            work.clean = work.found.clean
-            work.stats.pages_scanned += nr_pages_in(work.clean) + nr_pages_in(work.found.dirty)
+        work.settle()
         if parent and len(work.clean):
             self._worker.inherit(work.clean)
         self._worker.encode(work.limits.after_thaw("encoding", report))
@@ -511,9 +515,8 @@ class Dumper:
         stats.pages_delta = found["pages_delta"]
         stats.bytes_raw, stats.bytes_stored = found["bytes_raw"], found["bytes_stored"]
         tracepoint.hit("dump.committed")
-        self.epoch_image_id = (
-            ""  # an interruption between the two must not let the new epoch pass for the old one
-        )
+        # an interruption between the two must not let the new epoch pass for the old one
+        self.epoch_image_id = ""
         if self._tracker is not None:
             self._tracker.commit()
         self.epoch_image_id = self.last_image_id = stats.image_id
@@ -581,13 +584,6 @@ class Dumper:
     def _check_same_process(self) -> None:
         if process.read_stat(self.pid).starttime != self.identity.start_time:
             raise TargetExeced(f"pid {self.pid} is another process now", pid=self.pid)
-
-
-def _identity(pid: int) -> process.ProcessIdentity:
-    try:
-        return process.identity(pid)
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise TargetGone(f"no process with pid {pid}", hint="look it up with `ps`", pid=pid) from error
 
 
 def _lost_words(error: TrackingLostError) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from checkpointd.errors import TargetGone
 from checkpointd.memory import NO_RUNS, PageNumbers, Runs, Vma, VmaKind, merge_runs
 from checkpointd.procfs import process
 
@@ -19,6 +20,18 @@ _ALONE = np.uint64(1 << 63 | 1 << 56)  # present, mapped once
 _ALONE_MASK = _ALONE | np.uint64(1 << 62 | 1 << 61)  # not swapped, not a file's
 _NEAR_PAGES = 32
 _NR_WITNESSES = 64
+
+
+def identity_of(pid: int) -> process.ProcessIdentity:
+    """By which the process is known again, though its pid may be another's then.
+
+    Raises:
+        TargetGone: no such process.
+    """
+    try:
+        return process.identity(pid)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise TargetGone(f"no process with pid {pid}", hint="look it up with `ps`", pid=pid) from error
 
 
 def mapped_by_nobody_else(pid: int, runs: Runs) -> BoolArray:

@@ -11,7 +11,7 @@ from checkpointd.dump.division import private_requests
 from checkpointd.dump.limits import Limits
 from checkpointd.dump.page_reading import CopyRequest
 from checkpointd.dump.targets import KnownAlone
-from checkpointd.memory import NO_RUNS, Runs, Vma
+from checkpointd.memory import NO_RUNS, Runs, Vma, nr_pages_in
 from checkpointd.procfs import maps
 from checkpointd.state.process import ImageState
 from checkpointd.stats import DumpStats
@@ -67,6 +67,12 @@ class Work:
         now = time.monotonic_ns()
         self.stats.phases[phase] = self.stats.phases.get(phase, 0) + (now - since_ns) // 1000
         return now
+
+    def settle(self) -> None:
+        """Ask the tracker for what the target did not wait for, if anything."""
+        if self.found is not None:
+            self.clean = self.found.clean
+            self.stats.pages_scanned += nr_pages_in(self.clean) + nr_pages_in(self.found.dirty)
 
     def private_requests(self, runs: Runs, vmas: Sequence[Vma]) -> list[CopyRequest]:
         """How private pages of the frozen target are to be read."""

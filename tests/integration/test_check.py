@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -82,12 +81,9 @@ def test_what_a_dump_refuses_does_not_hide_what_it_would_warn_of() -> None:
     assert warned["detail"].startswith("warning: it has 1 child process(es)")
 
 
+@pytest.mark.needs("memfd_secret")
 @pytest.mark.parametrize("nr_mappings", [1, 2, 5])
 def test_secret_memory_is_named_once_with_what_to_do(nr_mappings: int) -> None:
-    fd = ctypes.CDLL(None).syscall(447, 0)
-    if fd < 0:
-        pytest.skip("no memfd_secret")
-    os.close(fd)
     code = (
         "import ctypes, mmap\nfd = ctypes.CDLL(None).syscall(447, 0)\nos.ftruncate(fd, 8192)\n"
         # every other mapping is read-only, so that neighbours do not become one
