@@ -84,6 +84,14 @@ def timed(work: Callable[[], Any], after: Callable[[], Any]) -> float:
     return took
 
 
+def taking_turns(
+    repeats: int, limit: Callable[[], float], ours: Callable[[], float]
+) -> tuple[list[float], list[float]]:
+    """Times of both, round by round, after a round to warm up."""
+    rounds = [(limit(), ours()) for _ in range(repeats + 1)][1:]
+    return [one for one, _ in rounds], [one for _, one in rounds]
+
+
 def summary(times: list[float], size_bytes: int) -> dict[str, float]:
     median = statistics.median(times)
     return {
@@ -109,13 +117,11 @@ def bench_hash(size_mib: int, repeats: int) -> list[dict[str, Any]]:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(work, blocks[:threads]))
 
-        limits, ours = [], []
-        for round_number in range(repeats + 1):
-            limit = timed(lambda run=run: run(package), lambda: None)
-            our = timed(lambda run=run: run(best), lambda: None)
-            if round_number:
-                limits.append(limit)
-                ours.append(our)
+        limits, ours = taking_turns(
+            repeats,
+            lambda run=run: timed(lambda: run(package), lambda: None),
+            lambda run=run: timed(lambda: run(best), lambda: None),
+        )
         rows.append(
             {
                 "what": f"hash pages, threads={threads}, {type(best).__name__}",
@@ -150,15 +156,13 @@ def bench_write(directory: str, size_mib: int, repeats: int) -> list[dict[str, A
                 for number in range(2):
                     os.unlink(f"{directory}/raw{number}")
 
-            limits, ours = [], []
-            for round_number in range(repeats + 1):
-                limit = timed(
-                    lambda data=data, compress=compress: raw_write(directory, data, compress), drop_raw
-                )
-                our = timed(write, lambda path=store_path: shutil.rmtree(path))
-                if round_number:
-                    limits.append(limit)
-                    ours.append(our)
+            limits, ours = taking_turns(
+                repeats,
+                lambda data=data, compress=compress, drop=drop_raw: timed(
+                    lambda: raw_write(directory, data, compress), drop
+                ),
+                lambda write=write, path=store_path: timed(write, lambda: shutil.rmtree(path)),
+            )
             rows.append(
                 {
                     "what": f"write {kind}, {compress}",
