@@ -22,6 +22,8 @@ PageNumbers = npt.NDArray[np.uint64]
 Runs = npt.NDArray[np.uint64]
 
 _END_OF_PAGES = np.uint64(1 << 63)
+_FEW_RUNS = 40
+"""Up to so many together a loop is faster than numpy, by 10 us and more, for which targets stand still."""
 
 NO_PAGES: PageNumbers = np.zeros(0, dtype=np.uint64)
 NO_RUNS: Runs = np.zeros((0, 2), dtype=np.uint64)
@@ -165,6 +167,8 @@ def intersect_runs(a: Runs, b: Runs) -> Runs:
     """The pages in both.  Linear: trackers do this while a target stands still."""
     if len(a) == 0 or len(b) == 0:
         return NO_RUNS
+    if len(a) + len(b) <= _FEW_RUNS:
+        return _array(_intersect_few(a.tolist(), b.tolist()))
     a_ends, b_ends = a[:, 0] + a[:, 1], b[:, 0] + b[:, 1]
     # the n-th run of `a` meets the runs of `b` from `first[n]` on, `nr[n]` of them
     first = np.searchsorted(b_ends, a[:, 0], side="right")
@@ -180,7 +184,57 @@ def subtract_runs(a: Runs, b: Runs) -> Runs:
     """The pages of `a` that are not in `b`."""
     if len(a) == 0 or len(b) == 0:
         return a
+    if len(a) + len(b) <= _FEW_RUNS:
+        return _array(_subtract_few(a.tolist(), b.tolist()))
     starts = np.concatenate((np.zeros(1, dtype=np.uint64), b[:, 0] + b[:, 1]))
     ends = np.concatenate((b[:, 0], np.full(1, _END_OF_PAGES)))
     gaps = np.stack((starts, ends - starts), axis=1)
     return intersect_runs(a, gaps[gaps[:, 1] != 0])
+
+
+def are_within(a: Runs, b: Runs) -> bool:
+    """Does each run of `a` lie in one of `b`?"""
+    if len(a) == 0:
+        return True
+    if len(b) == 0:
+        return False
+    at = np.searchsorted(b[:, 0], a[:, 0], side="right") - 1
+    return bool((at >= 0).all()) and bool((a[:, 0] + a[:, 1] <= b[at, 0] + b[at, 1]).all())
+
+
+def _array(rows: list[tuple[int, int]]) -> Runs:
+    return np.array(rows, dtype=np.uint64) if rows else NO_RUNS
+
+
+def _intersect_few(a: list[list[int]], b: list[list[int]]) -> list[tuple[int, int]]:
+    found = []
+    n = m = 0
+    while n < len(a) and m < len(b):
+        (a_first, a_nr), (b_first, b_nr) = a[n], b[m]
+        first, a_end, b_end = max(a_first, b_first), a_first + a_nr, b_first + b_nr
+        end = min(a_end, b_end)
+        if first < end:
+            found.append((first, end - first))
+        if a_end < b_end:
+            n += 1
+        else:
+            m += 1
+    return found
+
+
+def _subtract_few(a: list[list[int]], b: list[list[int]]) -> list[tuple[int, int]]:
+    found = []
+    m = 0
+    for first, nr in a:
+        at, end = first, first + nr
+        while m < len(b) and b[m][0] + b[m][1] <= at:
+            m += 1
+        k = m  # what reaches beyond this run may meet the next one too
+        while k < len(b) and b[k][0] < end:
+            if b[k][0] > at:
+                found.append((at, b[k][0] - at))
+            at = b[k][0] + b[k][1]
+            k += 1
+        if at < end:
+            found.append((at, end - at))
+    return found

@@ -15,7 +15,9 @@ from typing import Any
 _lib = ctypes.CDLL(None, use_errno=True)
 _raw = _lib.syscall
 _raw.restype = ctypes.c_long
-_MASK = (1 << 64) - 1
+# every argument as a full 64-bit word: a plain Python int would be passed as a 32-bit int
+_raw.argtypes = (ctypes.c_long, *[ctypes.c_ulong] * 6)
+_ZEROES = tuple((0,) * (6 - nr) for nr in range(7))
 
 
 def address_of(buffer: Any) -> int:
@@ -24,6 +26,8 @@ def address_of(buffer: Any) -> int:
     Args:
         buffer: bytes, a writable contiguous buffer, a numpy array, or a ctypes object.
     """
+    if isinstance(buffer, bytearray):
+        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
     if isinstance(buffer, bytes):
         return ctypes.cast(ctypes.c_char_p(buffer), ctypes.c_void_p).value or 0
     interface = getattr(buffer, "ctypes", None)  # a numpy array, also a read-only one
@@ -45,12 +49,8 @@ def syscall(nr: int, *args: Any, name: str = "") -> int:
     Raises:
         OSError: the call failed.
     """
-    # every argument as a full 64-bit word: a plain Python int would be passed as a 32-bit int
-    words = [
-        ctypes.c_ulong((arg if isinstance(arg, int) else 0 if arg is None else address_of(arg)) & _MASK)
-        for arg in args
-    ]
-    result: int = _raw(ctypes.c_long(nr), *words)
+    words = [arg if isinstance(arg, int) else 0 if arg is None else address_of(arg) for arg in args]
+    result: int = _raw(nr, *words, *_ZEROES[len(words)])
     if result == -1:
         number = ctypes.get_errno()
         raise OSError(number, f"{name or f'syscall {nr}'}: {os.strerror(number)}")

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from checkpointd.memory import Vma, VmaKind
+from checkpointd.procfs.process import slurp
 
 _LINE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (r|-)(w|-)(x|-)(p|s) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)[ ]*(.*)$",
@@ -72,8 +73,7 @@ def settled_vmas(pid: int, draft: MapsDraft | None) -> tuple[Vma, ...]:
 
 
 def _read(pid: int, name: str) -> bytes:
-    with open(f"/proc/{pid}/{name}", "rb") as file:
-        return file.read()
+    return slurp(f"/proc/{pid}/{name}")
 
 
 def parse_maps(text: bytes) -> Iterator[Vma]:

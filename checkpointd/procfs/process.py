@@ -153,8 +153,7 @@ def time_offsets(pid: int) -> tuple[int, int]:
     Those of its future children, if it has made a namespace for them.  Source: time_namespaces(7).
     """
     try:
-        with open(f"/proc/{pid}/timens_offsets", "rb") as file:
-            return parse_time_offsets(file.read())
+        return parse_time_offsets(slurp(f"/proc/{pid}/timens_offsets"))
     except FileNotFoundError:
         if os.path.exists(f"/proc/{pid}"):
             return 0, 0  # a kernel without time namespaces

@@ -38,6 +38,7 @@ from checkpointd.linux import ptrace
 from checkpointd.linux.process_vm import MemFile
 from checkpointd.linux.ptrace import RseqConfig
 from checkpointd.procfs import maps
+from checkpointd.procfs.process import slurp
 from checkpointd.target import attachable, restartable, stopping, undertaker
 from checkpointd.target.fork import ForkedCopy, fork_copy, reap_copy
 from checkpointd.target.inject import Injection, NotHomeError, injection
@@ -190,8 +191,7 @@ class Frozen:
     def _look_for_places(self) -> list[SlotPlace]:
         regs = [thread.regs for thread in self.threads.values()]
         # the vdso nearly always has room, and finding it takes one line of maps
-        with open(f"/proc/{self.pid}/maps", "rb") as file:
-            text = file.read()
+        text = slurp(f"/proc/{self.pid}/maps")
         line = _VDSO_LINE.search(text)
         vdso = list(maps.parse_maps(line[0])) if line else []
         places = find_places(self.mem, vdso, regs, None, _NR_PLACES)

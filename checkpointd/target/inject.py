@@ -44,6 +44,7 @@ from checkpointd.errors import FrozenTooLong, TargetGone, Unsupported
 from checkpointd.linux import ptrace
 from checkpointd.linux.seccomp import MODE_FILTER, MODE_STRICT
 from checkpointd.memory import PAGE_SIZE
+from checkpointd.procfs.process import slurp
 from checkpointd.target import rendezvous, restartable
 from checkpointd.target.attachable import gone, lives
 from checkpointd.target.blobs import RUNNER, RUNNER_RDV, RUNNER_RUN
@@ -64,8 +65,11 @@ _MAP_PRIVATE_ANON = 0x22
 
 _HEADER = struct.Struct("=IIQQIIIIQQQ")  # padded to one entry
 _ENTRY = struct.Struct("=Q6Qq")
+_RESULT = struct.Struct("=56xq")
 _ENTRY_SIZE = 64
-_RESULT_AT = 56
+_ZEROES = tuple((0,) * (6 - nr) for nr in range(7))
+_WORD = (1 << 64) - 1
+_RESULT_AT = 56  # in an entry
 _ARG0_IS_ADDRESS = 1 << 30
 _IS_FORK = 1 << 29
 
@@ -344,10 +348,7 @@ class Injection:
         self._way.run_to(self._base + RUNNER_RDV)
         hit("inject.batch_done")
         answer = self._frozen.mem.read(at + _ENTRY_SIZE, len(work) * _ENTRY_SIZE)
-        return [
-            int.from_bytes(answer[n + _RESULT_AT : n + _ENTRY_SIZE], "little", signed=True)
-            for n in range(0, len(answer), _ENTRY_SIZE)
-        ]
+        return [result for (result,) in _RESULT.iter_unpack(answer)]
 
     def _encode(
         self,
@@ -359,9 +360,12 @@ class Injection:
         flags: int = 0,
     ) -> bytes:
         """One table entry; a `Result` of this part becomes the address of that entry's result."""
-        nr = call.nr | flags
-        words = []
-        for position, arg in enumerate(call.args):
+        nr, args = call.nr | flags, call.args
+        words = [arg & _WORD for arg in args if not isinstance(arg, Result)]
+        if len(words) == len(args):  # nearly always
+            return _ENTRY.pack(nr, *words, *_ZEROES[len(words)], -1)
+        words.clear()
+        for position, arg in enumerate(args):
             if not isinstance(arg, Result):
                 words.append(word(arg))
             elif position or known is None or not 0 <= arg.index < nr_after:
@@ -371,7 +375,7 @@ class Injection:
             else:
                 nr |= _ARG0_IS_ADDRESS
                 words.append(self._banks[bank] + (1 + arg.index - nr_before) * _ENTRY_SIZE + _RESULT_AT)
-        return _ENTRY.pack(nr, *words, *[0] * (6 - len(words)), -1)
+        return _ENTRY.pack(nr, *words, *_ZEROES[len(words)], -1)
 
     def _single_calls(self, calls: Sequence[Call], undo: Sequence[Call], tid: int) -> list[int]:
         """Calls in another thread, one stop each, from a slot only."""
@@ -495,8 +499,8 @@ class Injection:
 
 def read_status(pid: int, tid: int) -> dict[str, str]:
     """The lines of /proc/PID/task/TID/status that an injection needs (all of them would take ten times longer)."""
-    with open(f"/proc/{pid}/task/{tid}/status", "rb") as file:
-        return {key.decode(): value.decode() for key, value in _STATUS_LINES.findall(file.read())}
+    text = slurp(f"/proc/{pid}/task/{tid}/status")
+    return {key.decode(): value.decode() for key, value in _STATUS_LINES.findall(text)}
 
 
 def _with_results(call: Call, results: Sequence[int]) -> Call:

@@ -7,6 +7,7 @@ Source: sys/user.h, Linux arch/x86/kernel/signal.c (restart of system calls).
 from __future__ import annotations
 
 import dataclasses
+import operator
 import struct
 from dataclasses import dataclass
 
@@ -61,10 +62,10 @@ class UserRegs:
         return UserRegs(*_LAYOUT.unpack(data))
 
     def to_bytes(self) -> bytes:
-        return _LAYOUT.pack(*(getattr(self, name) for name in NAMES))
+        return _LAYOUT.pack(*_words(self))
 
     def copy(self) -> UserRegs:
-        return UserRegs(*(getattr(self, name) for name in NAMES))
+        return UserRegs(*_words(self))
 
     @property
     def result(self) -> int:
@@ -92,6 +93,7 @@ class UserRegs:
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(UserRegs))
+_words = operator.attrgetter(*NAMES)
 
 
 def word(value: int) -> int:
