@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State out: what only the process itself can tell, asked in one batch of calls.
+"""State out: what only the process as a whole can tell about itself.
 
 Source: prctl(2), membarrier(2), mlockall(2), madvise(2), landlock(7), kernel sources as cited.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from checkpointd.linux import capability as cap
@@ -17,6 +18,7 @@ from checkpointd.memory import PAGE_SIZE
 from checkpointd.state.process import SessionKeyring
 from checkpointd.state.threads import Credentials
 from checkpointd.target.keyrings import judge_keyrings, keyring_calls
+from checkpointd.target.questions import Questions
 from checkpointd.target.remote import Call, Remote, Result
 
 _MEMBARRIER_GET_REGISTRATIONS = 512
@@ -46,12 +48,15 @@ class Asked:
     warnings: tuple[str, ...]
 
 
-def ask(remote: Remote) -> Asked:
-    subreaper_at, xcomp_at, tsc_at = remote.alloc(8), remote.alloc(8), remote.alloc(8)
-    of_keyrings = keyring_calls(remote)
-    results = remote.batch(
+ASKED_ROOM_BYTES = 3 * 16
+
+
+def ask(questions: Questions) -> Callable[[], Asked]:
+    """Add what is to be asked; the answer once that has been."""
+    subreaper_at, xcomp_at, tsc_at = questions.room(8), questions.room(8), questions.room(8)
+    of_keyrings = questions.add(keyring_calls(questions.remote))
+    others = questions.add(
         [
-            *of_keyrings,
             Call(Nr.BRK, (0,)),
             Call(Nr.PRCTL, (prctl.PR_GET_DUMPABLE,)),
             Call(Nr.PRCTL, (prctl.PR_GET_CHILD_SUBREAPER, subreaper_at)),
@@ -66,31 +71,39 @@ def ask(remote: Remote) -> Asked:
             Call(Nr.MADVISE, (subreaper_at & -PAGE_SIZE, PAGE_SIZE, _MADV_COLD)),
         ]
     )
-    brk, dumpable, subreaper, thp, merge, membarrier, xcomp, mdwe, tsc, cpuid, look, cold = results[
-        len(of_keyrings) :
-    ]
-    keyrings = judge_keyrings(remote, results[: len(of_keyrings)])
-    blockers = []
-    if mdwe > 0:
-        blockers.append("it forbade itself memory that is written first and executed later (PR_SET_MDWE)")
-    if tsc == 0 and int.from_bytes(remote.read(tsc_at, 4), "little") == 2:
-        blockers.append("it forbade itself the time stamp counter (PR_SET_TSC)")
-    if cpuid == 0:
-        blockers.append("it forbade itself the cpuid instruction (ARCH_SET_CPUID)")
-    return Asked(
-        brk=brk,
-        dumpable=max(0, dumpable),
-        child_subreaper=subreaper == 0 and int.from_bytes(remote.read(subreaper_at, 4), "little") != 0,
-        thp_disable=max(0, thp),
-        memory_merge=merge > 0,
-        membarrier=max(0, membarrier),
-        xcomp_permitted=int.from_bytes(remote.read(xcomp_at, 8), "little") if xcomp == 0 else 0,
-        lock_future=_lock_future(remote) if cold == -errno.EINVAL else 0,
-        session_keyring=keyrings.session,
-        look_at_us=look,
-        blockers=tuple(blockers),
-        warnings=keyrings.warnings,
-    )
+
+    def number(address: int, size_bytes: int) -> int:
+        return int.from_bytes(questions.written(address, size_bytes), "little")
+
+    def answer() -> Asked:
+        remote = questions.remote
+        brk, dumpable, subreaper, thp, merge, membarrier, xcomp, mdwe, tsc, cpuid, look, cold = (
+            questions.results(others)
+        )
+        keyrings = judge_keyrings(remote, questions.results(of_keyrings))
+        blockers = []
+        if mdwe > 0:
+            blockers.append("it forbade itself memory that is written first and executed later (PR_SET_MDWE)")
+        if tsc == 0 and number(tsc_at, 4) == 2:
+            blockers.append("it forbade itself the time stamp counter (PR_SET_TSC)")
+        if cpuid == 0:
+            blockers.append("it forbade itself the cpuid instruction (ARCH_SET_CPUID)")
+        return Asked(
+            brk=brk,
+            dumpable=max(0, dumpable),
+            child_subreaper=subreaper == 0 and number(subreaper_at, 4) != 0,
+            thp_disable=max(0, thp),
+            memory_merge=merge > 0,
+            membarrier=max(0, membarrier),
+            xcomp_permitted=number(xcomp_at, 8) if xcomp == 0 else 0,
+            lock_future=_lock_future(remote) if cold == -errno.EINVAL else 0,
+            session_keyring=keyrings.session,
+            look_at_us=look,
+            blockers=tuple(blockers),
+            warnings=keyrings.warnings,
+        )
+
+    return answer
 
 
 def landlock_warnings(credentials: Credentials, look_at_us: int) -> list[str]:

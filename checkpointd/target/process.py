@@ -26,17 +26,24 @@ from checkpointd.memory import TASK_SIZE, Vma, VmaKind
 from checkpointd.procfs import maps, process
 from checkpointd.state.memory import FileIdentity
 from checkpointd.state.process import Cpu, Host, Limit, MemoryLayout, ProcessState
-from checkpointd.target.asked import ask, landlock_warnings
+from checkpointd.target.asked import ASKED_ROOM_BYTES, ask, landlock_warnings
 from checkpointd.target.attachable import check_attachable, gone
 from checkpointd.target.fork import strays
 from checkpointd.target.freeze import Frozen
 from checkpointd.target.policies import NO_POLICIES, Policies, prepare_policies
+from checkpointd.target.questions import Questions
 from checkpointd.target.remote import Remote
 from checkpointd.target.semaphores import undo_warnings
 from checkpointd.target.shared_objects import pool_device
 from checkpointd.target.sharers import sharing_warnings
-from checkpointd.target.signals import capture_signals
-from checkpointd.target.threads import SleepMemory, capture_threads, prepare_sleeps
+from checkpointd.target.signals import ask_signals, read_timers, signals_room_bytes
+from checkpointd.target.threads import (
+    THREAD_ROOM_BYTES,
+    SleepMemory,
+    ask_leader,
+    capture_threads,
+    prepare_sleeps,
+)
 
 __all__ = [
     "ProcessDraft",
@@ -334,8 +341,13 @@ def capture_process(
         if draft is None or draft.pid != pid:
             draft = ProcessDraft(pid)
             _fill(draft, maps.read_smaps(pid))
-        asked = ask(remote)
-        stat = process.read_stat(pid)
+        stat, timers = process.read_stat(pid), read_timers(pid)
+        room_bytes = ASKED_ROOM_BYTES + THREAD_ROOM_BYTES + signals_room_bytes(timers)
+        questions = Questions(remote, room_bytes)
+        of_process, of_leader = ask(questions), ask_leader(questions, pid)
+        of_signals = ask_signals(questions, pid, timers)
+        questions.ask()
+        asked, told, signals = of_process(), of_leader(), of_signals()
         blockers = [*draft.blockers, *asked.blockers, *_sharers_of_memory(pid, stat.ppid)]
         if blockers:
             raise Unsupported(
@@ -348,12 +360,12 @@ def capture_process(
         threads, warnings = capture_threads(
             frozen,
             remote,
+            told=told,
             memory=memory,
             sleep_calls=draft.sleep_calls,
             with_policies=draft.policies.matter,
             task_flags={**draft.task_flags, pid: stat.flags},
         )
-        signals = capture_signals(frozen, remote)
         if len(threads) > 1 and any(one.clock == timer.THREAD_CLOCK for one in signals.posix_timers):
             warnings.append("its timers on the CPU time of a thread will count the main thread's")
         warnings += landlock_warnings(threads[0].credentials, asked.look_at_us)

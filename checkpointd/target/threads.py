@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,8 +27,10 @@ from checkpointd.linux import mempolicy, prctl, ptrace, sched, timer
 from checkpointd.linux import signal as sig
 from checkpointd.linux.arch import Nr, get_robust_list
 from checkpointd.procfs import process
+from checkpointd.state.memory import MemoryPolicy
 from checkpointd.state.threads import AltStack, Credentials, Rseq, Scheduling, Sleep, ThreadState
 from checkpointd.target.freeze import Frozen, FrozenThread
+from checkpointd.target.questions import Questions
 from checkpointd.target.registers import ERESTART_RESTARTBLOCK
 from checkpointd.target.remote import Call, Remote
 from checkpointd.target.restartable import Switches, same_sleep
@@ -38,7 +40,8 @@ _FUTEX_WAIT = 0
 _NS_PER_MS = 1_000_000
 _NO_TIMEOUT = 1 << 31
 _CLEAR_AT, _DEATH_AT, _MODE_AT, _NODES_AT = 24, 32, 36, 40  # behind a stack_t
-_ANSWERS_BYTES = _NODES_AT + mempolicy.MASK_BYTES
+THREAD_ROOM_BYTES = -(-(_NODES_AT + mempolicy.MASK_BYTES) // 16) * 16
+"""The room that `ask_leader` takes."""
 _LATE_NS = 50 * _NS_PER_MS
 _CLOCK_PROCESS_CPUTIME_ID = 2
 _MAX_CLOCK = 16
@@ -115,10 +118,29 @@ def prepare_sleeps(pid: int) -> dict[int, int]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class ThreadAnswers:
+    """What a thread told about itself, and what its status shows."""
+
+    status: Mapping[str, str]
+    credentials: Credentials
+    alt_stack: AltStack
+    clear_child_tid: int
+    pdeath_signal: int
+    policy: MemoryPolicy | None
+    speculation: tuple[int, ...]
+
+
+def ask_leader(questions: Questions, pid: int) -> Callable[[], ThreadAnswers]:
+    """Add the questions for the main thread; its answers once they have been asked."""
+    return _ask_thread(questions, pid, pid, None, {}, asks_policy=True)
+
+
 def capture_threads(
     frozen: Frozen,
     remote: Remote,
     *,
+    told: ThreadAnswers | None = None,
     memory: SleepMemory | None = None,
     sleep_calls: Mapping[int, int] | None = None,
     with_policies: bool = False,
@@ -127,6 +149,7 @@ def capture_threads(
     """All threads, the leader first, and warnings.
 
     Args:
+        told: by the leader, when it has been asked already.
         memory: of this target; read and brought up to date.
         sleep_calls: from `prepare_sleeps`.
         with_policies: ask every thread for its memory policy, even if the leader has none.
@@ -134,35 +157,30 @@ def capture_threads(
     """
     memory = memory if memory is not None else SleepMemory()
     memory.keep_only(frozen.threads)
-    warnings: list[str] = []
-    controls: dict[tuple[str | None, ...], tuple[int, ...]] = {}
-    order = sorted(frozen.threads, key=lambda tid: (tid != frozen.pid, tid))
+    pid, warnings = frozen.pid, list[str]()
+    questions: Questions | None = None
+    if told is None:
+        questions = Questions(remote, THREAD_ROOM_BYTES)
+        answer = ask_leader(questions, pid)
+        questions.ask()
+        told = answer()
+    leader, controls = told, {_shown(told.status): told.speculation}
     states: list[ThreadState] = []
-    answers_at = remote.alloc(_ANSWERS_BYTES)
-    for tid in order:
-        leader = states[0] if states else None
-        call = (sleep_calls or {}).get(tid)
-        asks = with_policies or leader is None or leader.memory_policy is not None
-        states.append(
-            _capture(
-                frozen,
-                remote,
-                frozen.threads[tid],
-                memory,
-                call,
-                leader,
-                asks,
-                controls,
-                answers_at,
-                warnings,
-            )
-        )
+    for tid in sorted(frozen.threads, key=lambda tid: (tid != pid, tid)):
+        if tid != pid:
+            if questions is None:
+                questions = Questions(remote, THREAD_ROOM_BYTES)
+            questions.begin_anew(tid)
+            asks_policy = with_policies or leader.policy is not None
+            answer = _ask_thread(questions, pid, tid, leader, controls, asks_policy=asks_policy)
+            questions.ask()
+            told = answer()
+            controls[_shown(told.status)] = told.speculation
         flags = (task_flags or {}).get(tid)
         if flags is None:  # it was born after the look
-            flags = process.read_stat(frozen.pid, tid).flags
-        states[-1] = dataclasses.replace(
-            states[-1], mce_kill=process.machine_check_policy(flags), io_flusher=process.is_io_flusher(flags)
-        )
+            flags = process.read_stat(pid, tid).flags
+        sleep = _sleep_of(frozen, frozen.threads[tid], memory, (sleep_calls or {}).get(tid), warnings)
+        states.append(_state(frozen.threads[tid], told, sleep, flags))
     return tuple(states), warnings
 
 
@@ -176,30 +194,27 @@ def note_sleeps(frozen: Frozen, memory: SleepMemory) -> None:
         _sleep_of(frozen, thread, memory, None, [])
 
 
-def _capture(
-    frozen: Frozen,
-    remote: Remote,
-    thread: FrozenThread,
-    memory: SleepMemory,
-    sleep_call: int | None,
-    leader: ThreadState | None,
+def _ask_thread(
+    questions: Questions,
+    pid: int,
+    tid: int,
+    leader: ThreadAnswers | None,
+    controls: Mapping[tuple[str | None, ...], tuple[int, ...]],
+    *,
     asks_policy: bool,
-    controls: dict[tuple[str | None, ...], tuple[int, ...]],
-    answers_at: int,
-    warnings: list[str],
-) -> ThreadState:
-    """One thread.
+) -> Callable[[], ThreadAnswers]:
+    """Add the questions for one thread.
 
     Args:
         leader: None for the leader itself.
-        controls: speculation controls by what status shows of them; brought up to date.
+        controls: speculation controls by what status shows of them.
     """
-    tid = thread.tid
-    status = _read_status(frozen.pid, tid)
+    status = _read_status(pid, tid)
+    at = questions.room(THREAD_ROOM_BYTES)
     calls = [
-        Call(Nr.SIGALTSTACK, (0, answers_at)),
-        Call(Nr.PRCTL, (prctl.PR_GET_TID_ADDRESS, answers_at + _CLEAR_AT)),
-        Call(Nr.PRCTL, (prctl.PR_GET_PDEATHSIG, answers_at + _DEATH_AT)),
+        Call(Nr.SIGALTSTACK, (0, at)),
+        Call(Nr.PRCTL, (prctl.PR_GET_TID_ADDRESS, at + _CLEAR_AT)),
+        Call(Nr.PRCTL, (prctl.PR_GET_PDEATHSIG, at + _DEATH_AT)),
     ]
     # a call in another thread costs the freeze 0.1 ms: securebits are asked where anything else differs
     credentials = read_credentials(status, 0 if leader is None else leader.credentials.securebits)
@@ -207,25 +222,46 @@ def _capture(
     if asks_bits:
         calls.append(Call(Nr.PRCTL, (prctl.PR_GET_SECUREBITS,)))
     if asks_policy:
-        where = (answers_at + _MODE_AT, answers_at + _NODES_AT, mempolicy.NR_MASK_BITS, 0, 0)
+        where = (at + _MODE_AT, at + _NODES_AT, mempolicy.NR_MASK_BITS, 0, 0)
         calls.append(Call(Nr.GET_MEMPOLICY, where))
-    shown = (status.get("Speculation_Store_Bypass"), status.get("SpeculationIndirectBranch"))
+    known = controls.get(_shown(status))
     nr_before = len(calls)
-    if shown not in controls:
+    if known is None:
         calls += [
             Call(Nr.PRCTL, (prctl.PR_GET_SPECULATION_CTRL, which, 0, 0, 0))
             for which in range(len(prctl.SPECULATION))
         ]
-    results = remote.batch(calls, tid=tid)
-    if shown not in controls:
-        controls[shown] = tuple(max(0, result) for result in results[nr_before:])
-    if asks_bits:
-        credentials = dataclasses.replace(credentials, securebits=max(0, results[3]))
-    answers = remote.read(answers_at, _ANSWERS_BYTES)
-    policy = None
-    if asks_policy and results[nr_before - 1] == 0:
-        policy = mempolicy.unpack_policy(_word(answers, _MODE_AT, 4), answers[_NODES_AT:])
-    address, flags, size_bytes = sig.unpack_stack(answers)
+    which_calls = questions.add(calls)
+
+    def answer() -> ThreadAnswers:
+        results, written = questions.results(which_calls), questions.written(at, THREAD_ROOM_BYTES)
+        own = credentials
+        if asks_bits:
+            own = dataclasses.replace(own, securebits=max(0, results[3]))
+        policy = None
+        if asks_policy and results[nr_before - 1] == 0:
+            policy = mempolicy.unpack_policy(_word(written, _MODE_AT, 4), written[_NODES_AT:])
+        address, flags, size_bytes = sig.unpack_stack(written)
+        return ThreadAnswers(
+            status=status,
+            credentials=own,
+            alt_stack=AltStack(address, flags & ~sig.SS_ONSTACK, size_bytes),
+            clear_child_tid=_word(written, _CLEAR_AT, 8) if results[1] == 0 else 0,
+            pdeath_signal=_word(written, _DEATH_AT, 4),
+            policy=policy,
+            speculation=tuple(max(0, one) for one in results[nr_before:]) if known is None else known,
+        )
+
+    return answer
+
+
+def _shown(status: Mapping[str, str]) -> tuple[str | None, ...]:
+    """What status shows of a thread's speculation controls."""
+    return status.get("Speculation_Store_Bypass"), status.get("SpeculationIndirectBranch")
+
+
+def _state(thread: FrozenThread, told: ThreadAnswers, sleep: Sleep | None, task_flags: int) -> ThreadState:
+    tid, status = thread.tid, told.status
     xstate = ptrace.get_regset(tid, ptrace.NT_X86_XSTATE)
     robust = get_robust_list(tid)
     return ThreadState(
@@ -235,17 +271,19 @@ def _capture(
         xstate=xstate.rstrip(b"\0"),
         xstate_size_bytes=len(xstate),
         sigmask=thread.sigmask,
-        alt_stack=AltStack(address, flags & ~sig.SS_ONSTACK, size_bytes),
+        alt_stack=told.alt_stack,
         robust_list=robust if robust[0] else None,
         rseq=Rseq(thread.rseq.pointer, thread.rseq.size, thread.rseq.signature) if thread.rseq else None,
-        clear_child_tid=_word(answers, _CLEAR_AT, 8) if results[1] == 0 else 0,
-        pdeath_signal=_word(answers, _DEATH_AT, 4),
-        credentials=credentials,
+        clear_child_tid=told.clear_child_tid,
+        pdeath_signal=told.pdeath_signal,
+        credentials=told.credentials,
         scheduling=read_scheduling(tid),
         pending=tuple(ptrace.peek_siginfo(tid, shared=False)) if int(status["SigPnd"], 16) else (),
-        sleep=_sleep_of(frozen, thread, memory, sleep_call, warnings),
-        memory_policy=policy,
-        speculation=controls[shown],
+        sleep=sleep,
+        memory_policy=told.policy,
+        speculation=told.speculation,
+        mce_kill=process.machine_check_policy(task_flags),
+        io_flusher=process.is_io_flusher(task_flags),
     )
 
 

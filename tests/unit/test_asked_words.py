@@ -11,7 +11,8 @@ import pytest
 from checkpointd.linux import prctl
 from checkpointd.linux.arch import ARCH_GET_CPUID, MCL_FUTURE, MCL_ONFAULT, Nr
 from checkpointd.restore.threads import own_steps, own_warnings
-from checkpointd.target.asked import ask
+from checkpointd.target.asked import ASKED_ROOM_BYTES, Asked, ask
+from checkpointd.target.questions import Questions
 from checkpointd.target.remote import Call, Result
 from tests.unit.test_process_state import Scratch, thread
 
@@ -35,6 +36,13 @@ class Answering(Scratch):
         return [self.answers.get(_key(call), 1) for call in calls]
 
 
+def _asked(process: Answering) -> Asked:
+    questions = Questions(process, ASKED_ROOM_BYTES)
+    answer = ask(questions)
+    questions.ask()
+    return answer()
+
+
 def _key(call: Call) -> tuple[int, int]:
     """Advice is for the page of whatever was put in scratch."""
     first = call.args[0]
@@ -50,7 +58,7 @@ def test_forbidden_cpuid_is_refused(cpuid: int, refused: bool) -> None:
         (Nr.PRCTL, prctl.PR_GET_MDWE): 0,
         (Nr.KEYCTL, 0): -ENOKEY,
     }
-    found = ask(Answering(answers)).blockers  # type: ignore[arg-type]
+    found = _asked(Answering(answers)).blockers
     assert ["cpuid" in one for one in found] == ([True] if refused else [])
 
 
@@ -69,7 +77,7 @@ def test_page_mapped_to_ask_is_unmapped_once(mapped: int, in_core: int, flags: i
         }
     )
     process.in_core = in_core
-    assert ask(process).lock_future == flags  # type: ignore[arg-type]
+    assert _asked(process).lock_future == flags
     for work, undo in process.batches:
         assert not (Nr.MUNMAP in work and Nr.MUNMAP in undo)
     assert sum(Nr.MUNMAP in work for work, _ in process.batches) == (mapped > 0)
