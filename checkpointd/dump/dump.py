@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from kernel_shim.limits import Headroom, read_max_map_count
+from kernel_shim.limits import Headroom
 
 from checkpointd import features, tracepoint
 from checkpointd.dump.child import Heard
@@ -83,7 +83,13 @@ from checkpointd.target.files import CapturedFiles, capture_files, prepare_files
 from checkpointd.target.fork import ForkedCopy, reap_strays
 from checkpointd.target.freeze import Frozen, freeze
 from checkpointd.target.inject import Injection
-from checkpointd.target.memory import CapturedSpace, capture_address_space, held_by, huge_runs
+from checkpointd.target.memory import (
+    CapturedSpace,
+    capture_address_space,
+    held_by,
+    huge_runs,
+    prepare_address_space,
+)
 from checkpointd.target.process import SleepMemory, capture_process, prepare_process
 from checkpointd.target.remote import Remote
 from checkpointd.target.threads import note_sleeps
@@ -198,6 +204,9 @@ class Dumper:
             work.process_draft = prepare_process(self.pid, work.maps_draft.vmas)
             work.files_draft = prepare_files(self.pid, options.files)
             work.huge = huge_runs(self.pid, work.maps_draft.vmas)
+            work.space_draft = prepare_address_space(
+                self.pid, work.maps_draft.vmas, work.huge, work.policies
+            )
             report("freezing", 0, 0)
             tracepoint.hit("dump.freeze")
             with (
@@ -267,7 +276,7 @@ class Dumper:
         vmas = maps.settled_vmas(self.pid, work.maps_draft)
         if not vmas:
             raise TargetGone(f"process {self.pid} has no address space (it is exiting)", pid=self.pid)
-        captured = capture_address_space(self.pid, vmas, NO_RUNS, work.huge, work.policies)
+        captured = capture_address_space(self.pid, vmas, NO_RUNS, work.huge, work.policies, work.space_draft)
         at = work.mark("maps", at)
         self._may_fork = not (is_watched(vmas) or forks_cost_pool_pages(vmas))
         work.kernel_workers = frozen.has_kernel_workers
@@ -415,7 +424,7 @@ class Dumper:
             os.close(pagemap)
         if tracker.name != "content":
             # every tracker but content keeps mappings apart that would have been one
-            warning = Headroom(len(vmas), read_max_map_count()).warning
+            warning = Headroom(len(vmas), work.max_map_count).warning
             work.stats.warnings += [warning] if warning else []
         return found
 

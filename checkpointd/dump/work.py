@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kernel_shim.limits import read_max_map_count
+
 from checkpointd.dump.division import private_requests
 from checkpointd.dump.limits import Limits
 from checkpointd.dump.page_reading import CopyRequest
@@ -17,6 +19,7 @@ from checkpointd.state.process import ImageState
 from checkpointd.stats import DumpStats
 from checkpointd.target.files import FilesDraft
 from checkpointd.target.fork import ForkedCopy
+from checkpointd.target.memory import SpaceDraft
 from checkpointd.target.policies import NO_POLICIES, Policies
 from checkpointd.target.process import ProcessDraft
 from checkpointd.tracking.base import Collection
@@ -52,9 +55,11 @@ class Work:
     maps_draft: maps.MapsDraft | None = None
     huge: Runs = field(default_factory=lambda: NO_RUNS)
     files_draft: FilesDraft | None = None
+    space_draft: SpaceDraft | None = None
     copy: ForkedCopy | None = None
     alone: KnownAlone | None = None
     kernel_workers: bool = False
+    max_map_count: int = field(default_factory=read_max_map_count)
     started_ns: int = field(default_factory=time.monotonic_ns)
     _still_alone: Runs | None = None
 
