@@ -23,9 +23,9 @@ from checkpointd.memory import (
     Runs,
     Vma,
     VmaKind,
+    are_within,
     intersect_runs,
     merge_runs,
-    nr_pages_in,
     subtract_runs,
 )
 from checkpointd.state.memory import AddressSpace
@@ -38,13 +38,20 @@ _COPY_PAGE_NS = 400
 _FORK_NS, _FORK_PAGE_NS = 2_000_000, 46
 
 
-def fork_pays(nr_dirty: int, nr_present: int) -> bool:
-    """Would a forked copy stop the target for clearly less time than a read of the dirty pages?
+def most_read_stopped(nr_present: int) -> int:
+    """How many dirty pages may be read from the stopped target itself before a forked copy pays.
 
-    Clearly: the target pays for the copy at its next write to every page.
+    That is, before it would stop the target for clearly less time: the target pays for the copy at its next write to
+    every page.
     """
     fork_ns = _FORK_NS + _FORK_PAGE_NS * nr_present
-    return nr_dirty >= _LEAST_PAGES and _COPY_PAGE_NS * nr_dirty > 2 * fork_ns
+    return max(_LEAST_PAGES - 1, 2 * fork_ns // _COPY_PAGE_NS)
+
+
+def code_of(vmas: Sequence[Vma]) -> Runs:
+    """The pages of code: an injection's way lies there, so they cannot be read beside it."""
+    rows = [(vma.first_page, vma.nr_pages) for vma in vmas if vma.prot & mmap.PROT_EXEC]
+    return merge_runs(np.array(rows, dtype=np.uint64).reshape(-1, 2))
 
 
 def joined(a: Runs, b: Runs) -> Runs:
@@ -69,12 +76,15 @@ def private_requests(pid: int, dirty: Runs, alone: Runs, vmas: Sequence[Vma]) ->
     rows = [(vma.first_page, vma.nr_pages) for vma in vmas if vma.kind is VmaKind.HUGETLB]
     pool = merge_runs(np.array(rows, dtype=np.uint64).reshape(-1, 2))
     rest = subtract_runs(dirty, pool)
-    alone = intersect_runs(rest, alone)
-    others = subtract_runs(rest, alone) if nr_pages_in(alone) < nr_pages_in(rest) else NO_RUNS
-    found = [
-        CopyRequest(pid, PRIVATE_OBJECT, alone, through_mem=False, alone=True),
-        CopyRequest(pid, PRIVATE_OBJECT, others, through_mem=False),
-    ]
+    if are_within(rest, alone):
+        found = [CopyRequest(pid, PRIVATE_OBJECT, rest, through_mem=False, alone=True)]
+    else:
+        alone = intersect_runs(rest, alone)
+        others = subtract_runs(rest, alone) if len(alone) else rest
+        found = [
+            CopyRequest(pid, PRIVATE_OBJECT, alone, through_mem=False, alone=True),
+            CopyRequest(pid, PRIVATE_OBJECT, others, through_mem=False),
+        ]
     if len(pool):
         found.append(CopyRequest(pid, PRIVATE_OBJECT, intersect_runs(dirty, pool)))
     return found
@@ -98,9 +108,8 @@ def object_requests(pid: int, source: SharedSource, runs: Runs) -> list[CopyRequ
 def split_by_code(
     copies: list[CopyRequest], vmas: Sequence[Vma]
 ) -> tuple[list[CopyRequest], list[CopyRequest]]:
-    """(what can be read while something is injected, what only afterwards: the injection's way lies in code)."""
-    rows = [(vma.first_page, vma.nr_pages) for vma in vmas if vma.prot & mmap.PROT_EXEC]
-    code = merge_runs(np.array(rows, dtype=np.uint64).reshape(-1, 2))
+    """(what can be read while something is injected, what only afterwards)."""
+    code = code_of(vmas)
     early, later = [], []
     for request in copies:
         private = request.obj == PRIVATE_OBJECT and not request.source

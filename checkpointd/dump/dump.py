@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 from kernel_shim.limits import Headroom
 
@@ -30,8 +29,9 @@ from checkpointd.dump.child import Heard
 from checkpointd.dump.division import (
     CopyLacksPagesError,
     check_complete,
-    fork_pays,
+    code_of,
     joined,
+    most_read_stopped,
     object_requests,
     runs_of_range,
     split_by_code,
@@ -67,7 +67,6 @@ from checkpointd.memory import (
     NO_RUNS,
     PAGE_SIZE,
     PRIVATE_OBJECT,
-    Runs,
     Vma,
     merge_runs,
     nr_pages_in,
@@ -93,13 +92,14 @@ from checkpointd.target.memory import (
 from checkpointd.target.process import SleepMemory, capture_process, prepare_process
 from checkpointd.target.remote import Remote
 from checkpointd.target.threads import note_sleeps
-from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
+from checkpointd.tracking.base import Collection, Ranges, Space, Taken, Tracker, TrackingLostError, Walk
 from checkpointd.tracking.content import ContentTracker
 from checkpointd.tracking.make import make_tracker, needs_switch_off, switch_is_on, switch_off
 from checkpointd.tracking.select import Choice
 from checkpointd.tracking.uffd_wp import UffdWpTracker
 
 _SMALL_OBJECTS_BYTES = 4 << 20
+_NO_BOUND = 1 << 62
 _SPARE_PAGES = 1024  # dirtied between the count before the freeze and the freeze
 
 __all__ = ["DumpOptions", "Dumper", "dumper"]
@@ -204,19 +204,18 @@ class Dumper:
             work.process_draft = prepare_process(self.pid, work.maps_draft.vmas)
             work.files_draft = prepare_files(self.pid, options.files)
             work.huge = huge_runs(self.pid, work.maps_draft.vmas)
-            work.space_draft = prepare_address_space(
-                self.pid, work.maps_draft.vmas, work.huge, work.policies
-            )
+            work.space_draft = prepare_address_space(self.pid, work.maps_draft.vmas, work.huge, work.policies)
+            work.ahead = AheadOfOthers(threading.get_native_id(), self._worker.pid)
             report("freezing", 0, 0)
             tracepoint.hit("dump.freeze")
             with (
-                self._ahead_of_others() as ahead,
+                work.ahead,
                 freeze(self.pid, timeout_s=work.limits.freeze_timeout_s()) as frozen,
             ):
                 work.stats.freezing_time = frozen.freezing_time_us
                 self._frozen(frozen, options, parent, work, report)
                 if options.kill:
-                    ahead.end()  # nobody waits for it any more
+                    work.ahead.end()  # nobody waits for it any more
                     self._finish(options, parent, work, report)
                     os.kill(self.pid, signal.SIGKILL)
                     frozen.thaw()
@@ -261,6 +260,7 @@ class Dumper:
                 compress=options.compress,
                 delta=options.delta,
                 expected_pages=self._expected_pages(options, work),
+                alone=work.alone,
             )
         except ImageNotFound as error:
             raise ImageNotFound(f"{what} is not in {options.store}", hint=hint, pid=self.pid) from error
@@ -280,23 +280,30 @@ class Dumper:
         at = work.mark("maps", at)
         self._may_fork = not (is_watched(vmas) or forks_cost_pool_pages(vmas))
         work.kernel_workers = frozen.has_kernel_workers
-        collection = None
+        collection: Collection | None = None
+        finish: Callable[[], Collection] | None = None
         tracker = self._tracker
         if isinstance(tracker, UffdWpTracker | ContentTracker) and options.backend in ("auto", tracker.name):
             # nothing has to be called in the target for that, so copying goes on beside all that follows
             try:
                 tracepoint.hit("dump.collect")
-                early = partial(self._start_early, vmas, captured, options, work)
-                collection = self._collect(tracker, vmas, work, early)
-                tracepoint.hit("dump.collected")
-                self._plan(work, captured, collection, vmas)
-                self._check_budget(frozen, options, work)
-                if not (work.has_begun or options.kill or self._wants_fork(options, work)):
-                    now, work.copies = split_by_code(work.copies, vmas)
-                    self._worker.start_copy(now)
+                if isinstance(tracker, UffdWpTracker) and self._may_walk(captured, options, work):
+                    finish = tracker.finish
+                    if not self._begin_walks(tracker, vmas, options, work):
+                        collection = finish()
+                else:
+                    collection = self._collect(tracker, vmas, work)
+                if collection is not None:
+                    tracepoint.hit("dump.collected")
+                    self._plan(work, captured, collection, vmas)
+                    self._check_budget(frozen, options, work)
+                    if not (options.kill or self._wants_fork(options, work)):
+                        now, work.copies = split_by_code(work.copies, vmas)
+                        self._worker.start_copy(now)
             except TrackingLostError as error:
                 work.stats.warnings.append(_lost_words(error))
                 self._drop_tracker()
+                finish = None
             at = work.mark("collecting", at)
         with frozen.inject() as remote:
             at = work.mark("injecting", at)
@@ -308,8 +315,11 @@ class Dumper:
             work.stats.warnings += [*state.warnings, *files.warnings]
             at = work.mark("files", at)
             if collection is None:
-                tracepoint.hit("dump.collect")
-                collection = self._collect_injected(options, remote, vmas, work)
+                if finish is not None:
+                    collection = finish()
+                else:
+                    tracepoint.hit("dump.collect")
+                    collection = self._collect_injected(options, remote, vmas, work)
                 tracepoint.hit("dump.collected")
                 self._plan(work, captured, collection, vmas)
                 at = work.mark("collecting", at)
@@ -382,51 +392,54 @@ class Dumper:
             self._make_tracker(asked, remote)
             return self._collect(self._tracker, vmas, work)
 
-    def _start_early(
-        self,
-        vmas: tuple[Vma, ...],
-        captured: CapturedSpace,
-        options: DumpOptions,
-        work: Work,
-        runs: Runs,
-    ) -> None:
-        """Have pages read that a tracker calls dirty while it goes on.
+    def _may_walk(self, captured: CapturedSpace, options: DumpOptions, work: Work) -> bool:
+        """May the page worker look for what was written, and read it, beside the injection?
 
-        Not beside shared objects of any size: these could then be read only after all else.  Nor where more than what
-        was written will be read, which may want a forked copy.
+        Not beside shared objects of any size: these could then be read only after all else.
         """
-        nr_pages = nr_pages_in(runs)
-        if options.kill or not self._is_trusted(work) or self._fork_pays(options, nr_pages, work.nr_resident):
-            return
-        if sum(source.object.size_bytes for source in captured.sources) > _SMALL_OBJECTS_BYTES:
-            return
-        now, in_code = split_by_code(work.private_requests(runs, vmas), vmas)
-        for request in now:
-            work.early = merge_runs(joined(work.early, request.runs))
-        if len(work.early):
-            for request in in_code:
-                work.after_early = merge_runs(joined(work.after_early, request.runs))
-            self._worker.start_copy(now)
-            work.has_begun = True
+        if options.kill or not self._is_trusted(work):
+            return False
+        return sum(source.object.size_bytes for source in captured.sources) <= _SMALL_OBJECTS_BYTES
 
-    def _collect(
-        self,
-        tracker: Tracker,
-        vmas: tuple[Vma, ...],
-        work: Work,
-        early: Callable[[Runs], None] | None = None,
-    ) -> Collection:
+    def _begin_walks(
+        self, tracker: UffdWpTracker, vmas: tuple[Vma, ...], options: DumpOptions, work: Work
+    ) -> bool:
+        """Begin to collect; `tracker.finish` must follow before the thaw.  See `UffdWpTracker.begin`."""
+        code, most = code_of(vmas), self._most_read_stopped(options, work.nr_resident)
+
+        def walk(ranges: Ranges) -> Callable[[], Taken]:
+            # the target's thread makes our calls meanwhile
+            work.ahead.keep_off(self._worker.pid, process.read_stat(self.pid).processor)
+            self._worker.start_walk(ranges, code, most)
+
+            def finish() -> Taken:
+                taken, is_alone = self._worker.finish_walk()
+                if is_alone is not None:
+                    work.still_alone = work.alone.runs if work.alone and is_alone else NO_RUNS
+                work.early = taken.read
+                return taken
+
+            return finish
+
+        with self._space(vmas, work, walk) as space:
+            return tracker.begin(space)
+
+    def _collect(self, tracker: Tracker, vmas: tuple[Vma, ...], work: Work) -> Collection:
+        with self._space(vmas, work) as space:
+            return tracker.collect(space)
+
+    @contextlib.contextmanager
+    def _space(self, vmas: tuple[Vma, ...], work: Work, walk: Walk | None = None) -> Iterator[Space]:
         pagemap = ps.open_pagemap(self.pid)
         try:
             suspect = written_beside(self.pid, vmas, kernel_workers=work.kernel_workers)
-            found = tracker.collect(Space(self.pid, pagemap, vmas, suspect, early))
+            yield Space(self.pid, pagemap, vmas, suspect, walk)
         finally:
             os.close(pagemap)
-        if tracker.name != "content":
+        if self._tracker is not None and self._tracker.name != "content":
             # every tracker but content keeps mappings apart that would have been one
             warning = Headroom(len(vmas), work.max_map_count).warning
             work.stats.warnings += [warning] if warning else []
-        return found
 
     def _plan(self, work: Work, captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ...]) -> None:
         stats = work.stats
@@ -435,10 +448,9 @@ class Dumper:
         if stats.parent_id and not trusted and self.choice.backend != "content":
             stats.backend = "content"
             stats.backend_reason = "tracking did not begin at the parent image: content was compared"
-        if work.has_begun and found.unread is not None and not captured.read_whole:
+        if trusted and found.unread is not None and not captured.read_whole:
             # the target need not wait for the rest of what was found
-            work.found = found
-            dirty = merge_runs(joined(found.unread, work.after_early))
+            work.found, dirty = found, found.unread
         else:
             clean, dirty = found.clean, found.dirty
             if not trusted and len(clean):
@@ -466,9 +478,15 @@ class Dumper:
         return self._fork_pays(options, private, private + nr_clean)
 
     def _fork_pays(self, options: DumpOptions, nr_dirty: int, nr_present: int) -> bool:
+        return nr_dirty > self._most_read_stopped(options, nr_present)
+
+    def _most_read_stopped(self, options: DumpOptions, nr_present: int) -> int:
+        """How many dirty pages may be read from the target itself before a forked copy is wanted."""
         if options.kill or options.read_mode == "stopped" or not self._may_fork:
-            return False
-        return options.read_mode == "fork" or (self._forks and fork_pays(nr_dirty, nr_present))
+            return _NO_BOUND
+        if options.read_mode == "fork":
+            return -1
+        return most_read_stopped(nr_present) if self._forks else _NO_BOUND
 
     def _check_budget(self, frozen: Frozen, options: DumpOptions, work: Work) -> None:
         forked = work.stats.read_mode == "fork" or self._wants_fork(options, work)
@@ -542,12 +560,6 @@ class Dumper:
 
     # -- small things
 
-    def _ahead_of_others(self) -> AheadOfOthers:
-        tids = [threading.get_native_id(), self._worker.pid]
-        if isinstance(self._tracker, UffdWpTracker):
-            tids.append(self._tracker.walker_tid)
-        return AheadOfOthers(*tids)
-
     def _is_cancelled(self) -> bool:
         return self.cancelled()  # which may be set while a dump is under way
 
@@ -585,7 +597,8 @@ class Dumper:
             if not nr_pooled and self._fork_pays(options, nr_dirty, nr_present):
                 return 0
             if written is not None:
-                work.alone = KnownAlone.look(self.pid, written)
+                assert isinstance(self._tracker, UffdWpTracker)
+                work.alone = KnownAlone.look(self.pid, written, subtract_runs(self._tracker.held, written))
         except (FileNotFoundError, ProcessLookupError) as error:
             raise TargetGone(f"process {self.pid} is gone", pid=self.pid) from error
         return nr_dirty

@@ -25,21 +25,37 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
 from checkpointd import tracepoint
+from checkpointd.dump.division import private_requests
 from checkpointd.dump.page_buffer import NR_THREADS, PageBuffer
 from checkpointd.dump.page_reading import CopyRequest, cut, pieces, read
-from checkpointd.errors import Cancelled, CheckpointError
+from checkpointd.dump.targets import KnownAlone
+from checkpointd.errors import Cancelled, CheckpointError, TargetGone
 from checkpointd.image.builder import ImageBuilder
 from checkpointd.image.reader import Image
 from checkpointd.image.store import Store
-from checkpointd.memory import PAGE_SIZE, PRIVATE_OBJECT, Runs, nr_pages_in, pages_of
+from checkpointd.linux import pagemap_scan as ps
+from checkpointd.memory import (
+    NO_RUNS,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PRIVATE_OBJECT,
+    Runs,
+    intersect_runs,
+    nr_pages_in,
+    pages_of,
+    subtract_runs,
+)
 from checkpointd.procfs.process import read_stat
 from checkpointd.target import fork
+from checkpointd.tracking.base import Ranges, Taken
+from checkpointd.tracking.walks import take_written
 
 DEFAULT_COMPRESSION = "zstd:1"
 KEPT_BYTES = 128 << 20
@@ -66,17 +82,29 @@ class PageServer:
         self._builder: ImageBuilder | None = None
         self._committed = ""  # not yet loaded
         self._target = 0
+        self._alone: KnownAlone | None = None
+        self._written: list[CopyRequest] = []  # to be read next
         self.writing = threading.Event()
         self._buffer: PageBuffer | None = None
         self._copied: list[tuple[int, Runs, int]] = []  # (object, runs, offset in the buffer)
         self._used = 0
         self._pool = ThreadPoolExecutor(NR_THREADS)
+        # all of them now: one begun while this thread is kept off a CPU would be so for good
+        started = threading.Barrier(NR_THREADS)
+        wait([self._pool.submit(started.wait) for _ in range(NR_THREADS)])
 
     def begin(
-        self, pid: int, store: str, parent: str, compress: str, delta: bool, expected_pages: int
+        self,
+        pid: int,
+        store: str,
+        parent: str,
+        compress: str,
+        delta: bool,
+        expected_pages: int,
+        alone: KnownAlone | None,
     ) -> None:
         self.abort()
-        self._target = pid
+        self._target, self._alone = pid, alone
         opened = self._open(store)
         if not parent:
             self._parent = None
@@ -127,6 +155,28 @@ class PageServer:
                 work(job)
         else:
             self._each(work, jobs, _pages_of_job)
+
+    def walk(self, ranges: Ranges, code: Runs, most: int) -> tuple[Taken, bool | None]:
+        pid = self._target
+        try:
+            pagemap = ps.open_pagemap(pid)
+            try:
+                taken = take_written(pagemap, ranges)
+            finally:
+                os.close(pagemap)
+            walked = np.array([(start, end - start) for start, end in ranges], dtype=np.uint64)
+            readable = subtract_runs(taken.runs, intersect_runs(walked >> np.uint64(PAGE_SHIFT), code))
+            if nr_pages_in(readable) > most:
+                return taken, None
+            alone = self._alone.still(pid) if self._alone else NO_RUNS
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise TargetGone(f"process {pid} ended while it was being dumped", pid=pid) from error
+        self._written = private_requests(pid, readable, alone, ())
+        return replace(taken, read=readable), len(alone) > 0
+
+    def copy_written(self) -> None:
+        requests, self._written = self._written, []
+        self.copy(requests, beside=True)
 
     def inherit(self, runs: Runs) -> None:
         self._need().inherit(PRIVATE_OBJECT, pages_of(runs))
@@ -195,6 +245,7 @@ class PageServer:
             self._builder.abort()
             self._builder = None
         self.writing.clear()
+        self._written = []
         self._empty()
 
     def leave(self) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 from checkpointd.dump.child import Child, Heard
 from checkpointd.dump.page_buffer import MAX_BUFFER_BYTES
 from checkpointd.dump.page_reading import CopyRequest
+from checkpointd.dump.targets import KnownAlone
 from checkpointd.errors import CheckpointError
 from checkpointd.memory import Runs
+from checkpointd.tracking.base import Ranges, Taken
 
 _GONE = (
     "the page worker ended unexpectedly; nothing was committed",
@@ -46,7 +48,7 @@ class PageWorker:
 
     def _start(self) -> None:
         self._child = Child("checkpointd.dump.page_server", str(self._buffer_bytes), gone=_GONE)
-        self._copying = False
+        self._walking = self._copying = False
 
     def _revive(self) -> None:
         if self._child.is_dead():
@@ -54,15 +56,23 @@ class PageWorker:
             self._start()
 
     def begin(
-        self, *, pid: int, store: str, parent: str, compress: str, delta: bool, expected_pages: int
+        self,
+        *,
+        pid: int,
+        store: str,
+        parent: str,
+        compress: str,
+        delta: bool,
+        expected_pages: int,
+        alone: KnownAlone | None = None,
     ) -> None:
         """Open the store, load the parent's index and touch the buffer.  Before the freeze.
 
         When we die in the middle, the worker reaps what a forked copy leaves with the target `pid`.  With `delta`,
-        `encode` and `read_and_encode` read the parent's pages too; `copy` never does.
+        `encode` and `read_and_encode` read the parent's pages too; `copy` never does.  `alone` is for `start_walk`.
         """
         self._revive()
-        self._ask("begin", pid, store, parent, compress, delta, expected_pages)
+        self._ask("begin", pid, store, parent, compress, delta, expected_pages, alone)
 
     def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
         """See `Store.latest_of`."""
@@ -78,6 +88,30 @@ class PageWorker:
         """
         self._ask("copy", requests, heard=heard)
 
+    def start_walk(self, ranges: Ranges, code: Runs, most: int) -> None:
+        """Have `walks.take_written` made of the frozen target, and then all read that was written but for `code`.
+
+        Not when that is more than `most` pages.  `finish_walk` and then `finish_copy` take the answers: these must be
+        the next calls (or `abort`).
+        """
+        self._check_idle()
+        self._child.send("walk", ranges, code, most)
+        self._walking = True
+        self._child.send("copy_written")
+        self._copying = True
+
+    def finish_walk(self) -> tuple[Taken, bool | None]:
+        """What was written, of which `Taken.read` is being read; and is `alone` so still, if that was looked at.
+
+        Raises:
+            TargetGone: it died meanwhile.
+        """
+        if not self._walking:
+            raise CheckpointError("the page worker did not look for what was written")
+        self._walking = False
+        found: tuple[Taken, bool | None] = self._child.receive()
+        return found
+
     def start_copy(self, requests: list[CopyRequest]) -> None:
         """Like `copy`, but the answer is taken by `finish_copy`, which must be the next call (or `abort`)."""
         self._check_idle()
@@ -90,6 +124,8 @@ class PageWorker:
         Raises:
             TargetGone: it died while being read.
         """
+        if self._walking:
+            self.finish_walk()
         if self._copying:
             self._copying = False
             self._child.receive(heard)
@@ -113,6 +149,9 @@ class PageWorker:
 
     def abort(self) -> None:
         """Leave no half image; harmless at any time."""
+        if self._walking:
+            with contextlib.suppress(CheckpointError):
+                self.finish_walk()
         if self._copying:
             self._child.send("stop")
             with contextlib.suppress(CheckpointError):
@@ -125,7 +164,7 @@ class PageWorker:
 
     def _check_idle(self) -> None:
         """Two requests at once would take each other's answers: a page could be taken for read that is not."""
-        if self._copying:
+        if self._walking or self._copying:
             raise CheckpointError(
                 "the page worker is asked for something while it reads; this is a defect of ours"
             )

@@ -36,6 +36,7 @@ class AheadOfOthers:
     def __init__(self, *tids: int) -> None:
         self._tids = tids
         self._raised: list[int] = []
+        self._kept_off: list[tuple[int, set[int]]] = []  # and where they may run
 
     def __enter__(self) -> AheadOfOthers:
         if resource.getrlimit(resource.RLIMIT_RTTIME)[0] != resource.RLIM_INFINITY:
@@ -60,7 +61,24 @@ class AheadOfOthers:
     ) -> None:
         self.end()
 
+    def keep_off(self, tid: int, cpu: int) -> None:
+        """Have one of the threads run elsewhere until the end: somebody of ordinary priority is to run on this CPU.
+
+        The kernel moves him to another one that is free in milliseconds, not at once.
+        """
+        if tid not in self._raised:
+            return
+        with contextlib.suppress(OSError):
+            allowed = os.sched_getaffinity(tid)
+            if allowed - {cpu}:
+                self._kept_off.append((tid, allowed))
+                os.sched_setaffinity(tid, allowed - {cpu})
+
     def end(self) -> None:
+        for tid, allowed in self._kept_off:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(tid, allowed)
+        self._kept_off.clear()
         for tid in self._raised:
             with contextlib.suppress(OSError):
                 try:

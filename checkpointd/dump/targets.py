@@ -19,7 +19,7 @@ BoolArray = npt.NDArray[np.bool_]
 _ALONE = np.uint64(1 << 63 | 1 << 56)  # present, mapped once
 _ALONE_MASK = _ALONE | np.uint64(1 << 62 | 1 << 61)  # not swapped, not a file's
 _NEAR_PAGES = 32
-_NR_WITNESSES = 64
+_NR_WITNESSES = 8  # of either kind
 
 
 def identity_of(pid: int) -> process.ProcessIdentity:
@@ -77,7 +77,8 @@ class KnownAlone:
 
     Looking takes some 7 to 100 ns a page (the kernel reads the count in each page's struct page), for which the
     target would stand still.  What changes it is a fork of the process; that shares all its pages again, so a few
-    of them are witnesses.  What they cannot see (every one written anew since the fork) costs memory, nothing else.
+    of them are witnesses, some of them pages that are seldom written.  What they cannot see (every one written anew
+    since the fork) costs memory, nothing else.
 
     Attributes:
         runs: these pages.
@@ -88,14 +89,19 @@ class KnownAlone:
     witnesses: PageNumbers
 
     @classmethod
-    def look(cls, pid: int, runs: Runs) -> KnownAlone:
-        """Of these runs those that nobody else maps now."""
+    def look(cls, pid: int, runs: Runs, cold: Runs) -> KnownAlone:
+        """Of these runs those that nobody else maps now.
+
+        Args:
+            cold: other pages of the process, which it has not written for a while.
+        """
         alone = runs[mapped_by_nobody_else(pid, runs)]
-        step = max(1, len(alone) // _NR_WITNESSES)
-        return cls(alone, alone[::step, 0])
+        some = _some(cold)
+        some = some[mapped_by_nobody_else(pid, some)]
+        return cls(alone, np.concatenate((_some(alone)[:, 0], some[:, 0])))
 
     def still(self, pid: int) -> Runs:
-        """The runs, or none when a witness has been shared since; of the frozen process."""
+        """The runs, or none when a witness has been shared since (or is gone); of the frozen process."""
         wanted, mask = int(_ALONE), int(_ALONE_MASK)
         pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -105,6 +111,17 @@ class KnownAlone:
         finally:
             os.close(pagemap)
         return self.runs
+
+
+def _some(runs: Runs) -> Runs:
+    """A few pages from all over the runs, each a run."""
+    if len(runs) == 0:
+        return NO_RUNS
+    ends = np.cumsum(runs[:, 1].astype(np.int64))
+    wanted = np.unique(np.linspace(0, int(ends[-1]) - 1, _NR_WITNESSES).astype(np.int64))
+    at = np.searchsorted(ends, wanted, side="right")
+    pages = runs[at, 0] + (wanted - (ends[at] - runs[at, 1].astype(np.int64))).astype(np.uint64)
+    return np.stack((pages, np.ones(len(pages), dtype=np.uint64)), axis=1)
 
 
 def is_watched(vmas: Sequence[Vma]) -> bool:

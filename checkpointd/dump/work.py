@@ -12,6 +12,7 @@ from kernel_shim.limits import read_max_map_count
 from checkpointd.dump.division import private_requests
 from checkpointd.dump.limits import Limits
 from checkpointd.dump.page_reading import CopyRequest
+from checkpointd.dump.priority import AheadOfOthers
 from checkpointd.dump.targets import KnownAlone
 from checkpointd.memory import NO_RUNS, Runs, Vma, nr_pages_in
 from checkpointd.procfs import maps
@@ -31,24 +32,21 @@ class Work:
 
     Attributes:
         copies: what is still to be read.
-        has_begun: reading began while the tracker was still collecting.
-        early: the pages of that; not in `copies`.
+        early: pages that are read while the tracker is still collecting; not in `copies`.
         nr_resident: pages the target held before the freeze, about.
         found: what the tracker said, where the rest of it is asked for after the thaw.
-        after_early: pages that the tracker told of early but must be read later.
         clean: pages taken from the parent.
         copy: the forked copy, from the moment it was made.
         alone: pages that nobody else mapped before the freeze, and how to tell inside that it is still so.
+        still_alone: those of which that has been told.
     """
 
     stats: DumpStats
     limits: Limits
     copies: list[CopyRequest] = field(default_factory=list)
-    has_begun: bool = False
     early: Runs = field(default_factory=lambda: NO_RUNS)
     nr_resident: int = 0
     found: Collection | None = None
-    after_early: Runs = field(default_factory=lambda: NO_RUNS)
     clean: Runs = field(default_factory=lambda: NO_RUNS)
     state: ImageState | None = None
     process_draft: ProcessDraft | None = None
@@ -58,10 +56,11 @@ class Work:
     space_draft: SpaceDraft | None = None
     copy: ForkedCopy | None = None
     alone: KnownAlone | None = None
+    still_alone: Runs | None = None
     kernel_workers: bool = False
+    ahead: AheadOfOthers = field(default_factory=AheadOfOthers)
     max_map_count: int = field(default_factory=read_max_map_count)
     started_ns: int = field(default_factory=time.monotonic_ns)
-    _still_alone: Runs | None = None
 
     @property
     def policies(self) -> Policies:
@@ -81,6 +80,8 @@ class Work:
 
     def private_requests(self, runs: Runs, vmas: Sequence[Vma]) -> list[CopyRequest]:
         """How private pages of the frozen target are to be read."""
-        if self._still_alone is None:  # nobody shares more of a process that stands still
-            self._still_alone = self.alone.still(self.stats.pid) if self.alone else NO_RUNS
-        return private_requests(self.stats.pid, runs, self._still_alone, vmas)
+        if len(runs) == 0:
+            return []
+        if self.still_alone is None:  # nobody shares more of a process that stands still
+            self.still_alone = self.alone.still(self.stats.pid) if self.alone else NO_RUNS
+        return private_requests(self.stats.pid, runs, self.still_alone, vmas)

@@ -40,6 +40,11 @@ class Stat:
     starttime: int
     fields: tuple[str, ...]  # all from field 3 (state) on, fields[n] is field n + 3
 
+    @property
+    def processor(self) -> int:
+        """The CPU it ran on last."""
+        return int(self.fields[39 - 3])
+
 
 PF_KTHREAD = 0x0020_0000
 PF_EXITING = 0x0000_0004

@@ -21,11 +21,17 @@ every writer.  It is compared by digest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from checkpointd.memory import NO_RUNS, Runs, Vma
+import numpy as np
+
+from checkpointd.linux import pagemap_scan as ps
+from checkpointd.memory import NO_RUNS, PAGE_SHIFT, Runs, Vma, merge_runs
+
+Ranges = Sequence[tuple[int, int]]
+"""(start, end) addresses of VMAs, sorted."""
 
 
 class TrackingLostError(Exception):
@@ -56,7 +62,7 @@ class Collection:
     Attributes:
         guards: pages of guard regions (MADV_GUARD_INSTALL); they hold nothing.
         forced: pages in `dirty` only because their kind cannot be tracked (pinned, foreign uffd, KSM, ...).
-        unread: the dirty pages that `Space.early` was not told of; None: `dirty`.
+        unread: the dirty pages that `Space.walk` does not have read; None: it was not asked, or more must be known.
     """
 
     def __init__(
@@ -90,6 +96,53 @@ class Collection:
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """What was written in VMAs that have been registered since the last collection, and is armed again (walks.py).
+
+    Attributes:
+        regions: all of it, whatever it holds.
+        runs: the pages of these that hold data.
+        read: pages of `runs` that whoever made the walk is reading already.
+    """
+
+    regions: ps.Regions
+    runs: Runs
+    read: Runs = field(default_factory=lambda: NO_RUNS)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written there, and what else is no longer what it was.
+
+    Attributes:
+        regions: all that was written, emptied or is a guard; in any order.
+        runs: the pages of these that hold data.
+        guards: the pages of guard regions.
+        nr_reported: how many pages the kernel called written.
+        read: see `Taken`.
+    """
+
+    regions: ps.Regions
+    runs: Runs
+    guards: Runs
+    nr_reported: int
+    read: Runs = field(default_factory=lambda: NO_RUNS)
+
+    def seen(self) -> Runs:
+        """The pages of all regions."""
+        regions = self.regions
+        return merge_runs(
+            np.stack((regions[:, 0], regions[:, 1] - regions[:, 0]), axis=1) >> np.uint64(PAGE_SHIFT)
+        )
+
+
+NOTHING_WRITTEN = Written(ps.NO_REGIONS, NO_RUNS, NO_RUNS, 0)
+
+Walk = Callable[[Ranges], Callable[[], Taken]]
+"""See `Space.walk`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Space:
     """A frozen address space as trackers see it.
 
@@ -97,15 +150,15 @@ class Space:
         pagemap: descriptor of /proc/PID/pagemap, opened after the freeze.
         vmas: all VMAs with flags.
         always_dirty: page runs that must be read whatever the tracker says (pinned for I/O).
-        early: is told, once at most, of pages that are dirty for certain and armed already, as soon as they are known:
-            reading them may begin.  From then on tracking is not lost any more in this collection.
+        walk: has `walks.take_written` made elsewhere, of these ranges, where what was written may be read at once; what
+            it returns waits for the walk.  Called once at most, when tracking can no longer be lost.
     """
 
     pid: int
     pagemap: int
     vmas: tuple[Vma, ...]
     always_dirty: Runs = field(default_factory=lambda: NO_RUNS)
-    early: Callable[[Runs], None] | None = None
+    walk: Walk | None = None
 
 
 class Tracker(Protocol):

@@ -23,10 +23,8 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,9 +43,18 @@ from checkpointd.memory import (
     nr_pages_in,
     subtract_runs,
 )
-from checkpointd.tracking.base import Collection, Found, Space, TrackingLostError
+from checkpointd.tracking.base import (
+    NOTHING_WRITTEN,
+    Collection,
+    Found,
+    Ranges,
+    Space,
+    Taken,
+    TrackingLostError,
+)
 from checkpointd.tracking.epoch import Epochs
 from checkpointd.tracking.presence import PresentRegions, anonymous_only, holding_data, scan_presence
+from checkpointd.tracking.walks import look_again, take_written
 
 FEATURES = uffd.FEATURE_WP_ASYNC | uffd.FEATURE_WP_UNPOPULATED | uffd.FEATURE_WP_HUGETLBFS_SHMEM
 """The set our kernel facts were found with; HUGETLBFS_SHMEM and UNPOPULATED make WP_ASYNC use markers."""
@@ -59,30 +66,32 @@ _MAX_ARM_CALLS = 32
 QUICK_PAGES = 16
 """Smaller VMAs are looked at in full: three calls would cost more."""
 
-_WALK_BESIDE_PAGES = 65_536
-"""From so many pages on the second walk takes longer (0.2 ms) than to have another thread do it meanwhile."""
 
-_WRITTEN_RETURNED = ps.PAGE_IS_WRITTEN | ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED | ps.PAGE_IS_PFNZERO
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A collection under way.
+
+    Attributes:
+        known: VMAs that have been registered since the last collection, by index.
+        present: what holds data in all others.
+        foreign: which of those known are of somebody else's userfaultfd now.
+        taken: waits for what was written in those known; None: there are none.
+    """
+
+    space: Space
+    known: frozenset[int]
+    present: PresentRegions
+    foreign: frozenset[int]
+    taken: Callable[[], Taken] | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Written:
-    """Attributes:
-    regions: all that was written, emptied or is a guard, whatever it holds; in any order.
-    present: the pages of these that hold data.
-    raced: some of them were written while we looked, and `Space.early` was not told of these.
-    """
+class _Looked:
+    """Of the VMAs that were looked at in full: what holds data, and which of it changed."""
 
-    regions: ps.Regions
-    present: PresentRegions
-    raced: bool
-
-    def seen(self) -> Runs:
-        """The pages of all regions."""
-        regions = self.regions
-        return merge_runs(
-            np.stack((regions[:, 0], regions[:, 1] - regions[:, 0]), axis=1) >> np.uint64(PAGE_SHIFT)
-        )
+    data: Runs
+    clean: Runs
+    dirty: Runs
 
 
 class UffdWpTracker:
@@ -101,87 +110,129 @@ class UffdWpTracker:
         self._seen: Runs = NO_RUNS  # what held data at the last collection, committed or not
         self._own: Runs = NO_RUNS  # VMAs that were registered by us at the last collection
         self._may_be_stale = False
-        self._walker = ThreadPoolExecutor(1, thread_name_prefix="second-walk")
-        self._walker_tid = 0
-
-    @property
-    def walker_tid(self) -> int:
-        """The thread that makes the second walk, for which the target waits; started when first asked for."""
-        if not self._walker_tid:
-            self._walker_tid = self._walker.submit(threading.get_native_id).result()
-        return self._walker_tid
+        self._begun: _Begun | None = None
 
     def collect(self, space: Space) -> Collection:
+        self.begin(space)
+        return self.finish()
+
+    def begin(self, space: Space) -> bool:
+        """The first part of a collection; `finish`, the rest of it, must come before the thaw too.
+
+        Returns:
+            `space.walk` is at work: what comes in between is gained.
+
+        Raises:
+            TrackingLostError: see `Tracker.collect`.
+        """
         self._settle()
         self._epochs.rollback()  # one that was never decided
-        known = self._known(space)
-        present = self._present(space, known)
-        tracepoint.hit("track.scanned")
         try:
-            foreign = self._register(space.vmas)
-            tracepoint.hit("track.registered")
-            if known & foreign:
-                # registered for write-protect by somebody else's userfaultfd
-                known -= foreign
-                present = self._present(space, known)
-            return self._collect(space, present, known, foreign)
+            known = self._known(space)
+            foreign = self._register(space.vmas, known)
+            # what is registered for write-protect by somebody else's userfaultfd is looked at as all the rest
+            known -= foreign
+            taken = self._walk(space, known) if known else None
+            present = scan_presence(
+                space.pagemap, space.vmas, has_guard_category=self._has_guard_category, skip=known
+            )
+            tracepoint.hit("track.scanned")
+            self._begun = _Begun(space, frozenset(known), present, frozenset(foreign), taken)
         except BaseException:
             self._distrust()
             raise
+        return space.walk is not None and taken is not None
 
-    def _collect(
-        self, space: Space, present: PresentRegions, known: set[int], foreign: set[int]
-    ) -> Collection:
-        """Arm what is not armed yet, and tell what changed.
+    def _walk(self, space: Space, known: set[int]) -> Callable[[], Taken]:
+        """Have armed what was written in VMAs registered before."""
+        ranges = _addresses(space.vmas, known)
+        if space.walk is not None:
+            return space.walk(ranges)
+        taken = take_written(space.pagemap, ranges)
+        return lambda: taken
+
+    def finish(self) -> Collection:
+        """What `begin` began.
 
         Of VMAs known before, what was written is armed and told of already.  What all their other pages are follows
         from that, and is worked out after the thaw (`later`) where the last collection was committed and nothing is
         suspect: each of them is clean then.
+
+        Raises:
+            TrackingLostError: see `Tracker.collect`.
+            CheckpointError: whoever walked has failed.
         """
-        seen, always = self._seen, space.always_dirty
-        written = self._take_written(space, sorted(known))
-        later = self._epochs.keeps(seen) and len(always) == 0 and not written.raced
-        unchanged = NO_RUNS if later else _unchanged(seen, space.vmas, known, written)
-        changed = NO_RUNS if later else written.present.runs
-        armed = _union(self._armed(space, present, foreign), unchanged)
+        begun = self._begun
+        assert begun is not None, "begin comes first"
+        try:
+            pagemap = ps.open_pagemap(begun.space.pid)
+            try:
+                self._last = self._finish(begun, replace(begun.space, pagemap=pagemap))
+            finally:
+                os.close(pagemap)
+        except BaseException:
+            self._distrust()
+            raise
+        self._begun = None
+        return self._last
+
+    def _finish(self, begun: _Begun, space: Space) -> Collection:
+        vmas, always, seen = space.vmas, space.always_dirty, self._seen
+        foreign = begun.foreign | self._register(vmas, set(range(len(vmas))) - begun.known - begun.foreign)
+        tracepoint.hit("track.registered")
+        looked = self._look_at_the_rest(space, begun, foreign)
+        tracepoint.hit("track.armed")
+        written = NOTHING_WRITTEN
+        if begun.taken is not None:
+            tracepoint.hit("track.written")
+            written = look_again(
+                space.pagemap,
+                _addresses(vmas, begun.known),
+                begun.taken(),
+                has_guard_category=self._has_guard_category,
+            )
+        later = self._epochs.keeps(seen) and len(always) == 0
+        known, more = _ranges(vmas, begun.known), written.runs
+        unread = NO_RUNS if written.read is more else subtract_runs(more, written.read)
+
+        def found() -> Found:
+            # what held data in VMAs known before, and still holds it: all but what was written or emptied
+            rest = subtract_runs(intersect_runs(seen, known), written.seen())
+            clean = rest if later else self._epochs.clean(rest, always)
+            dirty = _union(looked.dirty, more, NO_RUNS if later else subtract_runs(rest, clean))
+            self._seen = data = _union(looked.data, more, rest)
+            self._epochs.close(data, dirty, always)
+            return Found(_union(looked.clean, clean), dirty, _nr_written(begun.present) + written.nr_reported)
+
+        collection = Collection(
+            found,
+            guards=_union(begun.present.guards, written.guards),
+            unread=_union(looked.dirty, unread) if later else None,
+        )
+        if not later:
+            collection.forced = intersect_runs(collection.dirty, always)
+        return collection
+
+    def _look_at_the_rest(self, space: Space, begun: _Begun, foreign: frozenset[int]) -> _Looked:
+        """Of VMAs not known before: arm what is not armed yet, and tell what changed."""
+        present, always = begun.present, space.always_dirty
         # on kernels that leave stale write-protect bits after mremap a moved page may look armed: only the base decides
-        clean = self._epochs.clean(armed, always)
-        data = _union(present.runs, changed, unchanged)
+        clean = self._epochs.clean(self._armed(space, present, foreign), always)
+        data = merge_runs(present.runs)
         dirty = subtract_runs(data, clean)
         self._lift_stale(space, present, foreign)
         anonymous = {n for n, vma in enumerate(space.vmas) if vma.kind is VmaKind.ANON}
         self._own = _ranges(space.vmas, anonymous - foreign)
         tracepoint.hit("track.lifted")
-        late = self._arm(space, dirty, foreign | known)
+        late = self._arm(space, dirty, foreign | begun.known)
         if len(late):
             dirty, data, clean = _union(dirty, late), _union(data, late), subtract_runs(clean, late)
-        tracepoint.hit("track.armed")
-
-        def found() -> Found:
-            nr_reported = _nr_written(present) + _nr_written(written.present)
-            if not later:
-                return self._close(data, Found(clean, dirty, nr_reported), always)
-            rest, more = _unchanged(seen, space.vmas, known, written), written.present.runs
-            all_found = Found(_union(clean, rest), _union(dirty, more), nr_reported)
-            return self._close(_union(data, more, rest), all_found, always)
-
-        self._last = Collection(
-            found,
-            guards=_union(present.guards, written.present.guards),
-            forced=NO_RUNS if later else intersect_runs(dirty, always),
-            unread=dirty if later and space.early is not None else None,
-        )
-        if not later:
-            self._settle()
-        return self._last
-
-    def _close(self, data: Runs, found: Found, always_dirty: Runs) -> Found:
-        self._seen = data
-        self._epochs.close(data, found.dirty, always_dirty)
-        return found
+        return _Looked(data, clean, dirty)
 
     def _settle(self) -> None:
         """Work out what the last collection left for later: all else needs it."""
+        if self._begun is not None:
+            self.finish()
         if self._last is not None:
             _ = self._last.found
 
@@ -195,63 +246,10 @@ class UffdWpTracker:
             if vma.nr_pages >= QUICK_PAGES and anonymous_only(vma) and _is_registered(space.pagemap, vma)
         }
 
-    def _present(self, space: Space, known: set[int]) -> PresentRegions:
-        """What holds data in all VMAs but these."""
-        return scan_presence(
-            space.pagemap, space.vmas, has_guard_category=self._has_guard_category, skip=known
-        )
-
-    def _take_written(self, space: Space, which: Sequence[int]) -> _Written:
-        """Arm what was written to in VMAs registered before, and tell which pages that were; and what else is no
-        longer what it was: emptied pages, guards.
-
-        One walk looks and arms: nobody can write between the two, so these pages can be read at once.  Holes are looked
-        at apart, because arming one that was never touched would cost page tables, and after it: a page that the kernel
-        discards in between (MADV_FREE) is in both, and so is, as WRITTEN, a hole that somebody fills in between.
-        """
-        guard = ps.PAGE_IS_GUARD if self._has_guard_category else 0
-        vmas = [space.vmas[n] for n in which]
-
-        def walk(mask: int, inverted: int, anyof: int, flags: int) -> ps.Regions:
-            found = [
-                ps.scan(
-                    space.pagemap,
-                    vma.start,
-                    vma.end,
-                    mask=mask,
-                    inverted=inverted,
-                    anyof=anyof,
-                    returned=_WRITTEN_RETURNED | guard,
-                    flags=flags,
-                )
-                for vma in vmas
-            ]
-            return np.concatenate(found) if found else ps.NO_REGIONS
-
-        def look_again() -> ps.Regions:
-            tracepoint.hit("track.written")
-            return walk(0, 0, ps.PAGE_IS_WRITTEN | guard, 0)
-
-        taken = walk(ps.PAGE_IS_WRITTEN, 0, ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED, ps.PM_SCAN_WP_MATCHING)
-        is_long = sum(vma.nr_pages for vma in vmas) >= _WALK_BESIDE_PAGES
-        beside = self._walker.submit(look_again) if is_long else None
-        try:
-            present = holding_data(space.pagemap, taken, vmas)
-            if space.early is not None:
-                space.early(present.runs)
-        finally:
-            if beside is not None:
-                wait((beside,))
-        others = look_again() if beside is None else beside.result()
-        # An armed guard page does not read WRITTEN.  What holds data here was filled between the walks, or written
-        # again: by somebody who does not stand still, and it is not armed.
-        holding = (others[:, 2] & np.uint64(ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED)) != 0
-        raced = bool((holding & ((others[:, 2] & np.uint64(guard)) == 0)).any())  # guards hold nothing
-        if holding.any():
-            regions = np.concatenate((taken, others[holding]))
-            regions = regions[np.argsort(regions[:, 0], kind="stable")]
-            present = holding_data(space.pagemap, regions, vmas)
-        return _Written(np.concatenate((taken, others)), present, raced)
+    @property
+    def held(self) -> Runs:
+        """What held data at the last collection."""
+        return self._seen
 
     def written_now(self, pid: int) -> Runs:
         """What would be dirty of the pages that held data; the target may be running."""
@@ -286,19 +284,18 @@ class UffdWpTracker:
 
     def _distrust(self) -> None:
         """What was armed is not known: nothing is clean until a collection has looked at everything."""
-        self._last, self._seen = None, NO_RUNS
+        self._begun, self._last, self._seen = None, None, NO_RUNS
         self._epochs.forget()
         self._may_be_stale = True
 
     def disarm(self) -> None:
-        self._walker.shutdown()
         if self._fd >= 0:
             tracepoint.hit("untrack.begin")
             os.close(self._fd)
             self._fd = -1
             tracepoint.hit("untrack.done")
 
-    def _armed(self, space: Space, present: PresentRegions, foreign: set[int]) -> Runs:
+    def _armed(self, space: Space, present: PresentRegions, foreign: Set[int]) -> Runs:
         """Pages of VMAs watched by us that nobody has written to since they were armed.
 
         Somebody else's userfaultfd may have let go of a VMA between the look at its pages, which then tell of his
@@ -314,10 +311,11 @@ class UffdWpTracker:
         )
         return intersect_runs(merge_runs(present.runs[armed & trackable[present.vma]]), self._own)
 
-    def _register(self, vmas: tuple[Vma, ...]) -> set[int]:
-        """Register what can be; the indices of VMAs that belong to somebody else's userfaultfd."""
+    def _register(self, vmas: tuple[Vma, ...], which: set[int]) -> set[int]:
+        """Register what can be of these; the indices of VMAs that belong to somebody else's userfaultfd."""
         foreign: set[int] = set()
-        for n, vma in enumerate(vmas):
+        for n in sorted(which):
+            vma = vmas[n]
             if vma.kind is not VmaKind.ANON:
                 continue
             try:
@@ -330,7 +328,7 @@ class UffdWpTracker:
                 foreign.add(n)
         return foreign
 
-    def _lift_stale(self, space: Space, present: PresentRegions, foreign: set[int]) -> None:
+    def _lift_stale(self, space: Space, present: PresentRegions, foreign: Set[int]) -> None:
         """Clear write-protect bits that outlived the registration of their VMA.
 
         mremap(2) that moves a registered VMA next to another merges the two and then drops the registration of
@@ -347,7 +345,7 @@ class UffdWpTracker:
                 uffd.lift_protection(self._fd, vma.start, vma.end)
         self._may_be_stale = False
 
-    def _arm(self, space: Space, dirty: Runs, skip: set[int]) -> Runs:
+    def _arm(self, space: Space, dirty: Runs, skip: Set[int]) -> Runs:
         """Write-protect what the next epoch must watch: pages that were armed before still are.
 
         Args:
@@ -398,7 +396,11 @@ def _is_registered(pagemap: int, vma: Vma) -> bool:
     return len(ps.scan(pagemap, vma.start, vma.start + PAGE_SIZE, mask=wanted, returned=wanted)) > 0
 
 
-def _ranges(vmas: Sequence[Vma], which: set[int]) -> Runs:
+def _addresses(vmas: Sequence[Vma], which: Set[int]) -> Ranges:
+    return [(vmas[n].start, vmas[n].end) for n in sorted(which)]
+
+
+def _ranges(vmas: Sequence[Vma], which: Set[int]) -> Runs:
     rows = [(vmas[n].first_page, vmas[n].nr_pages) for n in sorted(which)]
     return merge_runs(np.array(rows, dtype=np.uint64).reshape(-1, 2))
 
@@ -406,11 +408,6 @@ def _ranges(vmas: Sequence[Vma], which: set[int]) -> Runs:
 def _union(*parts: Runs) -> Runs:
     full = [part for part in parts if len(part)]
     return merge_runs(full[0] if len(full) == 1 else np.concatenate(full)) if full else NO_RUNS
-
-
-def _unchanged(seen: Runs, vmas: Sequence[Vma], known: set[int], written: _Written) -> Runs:
-    """What held data in these VMAs, and still holds it: all but what was written or emptied."""
-    return subtract_runs(intersect_runs(seen, _ranges(vmas, known)), written.seen())
 
 
 def _nr_written(present: PresentRegions) -> int:

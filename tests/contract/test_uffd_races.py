@@ -10,7 +10,7 @@ import ctypes
 import dataclasses
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from checkpointd.linux._libc import syscall
 from checkpointd.memory import NO_RUNS, PAGE_SIZE, Runs, Vma, VmaKind, pages_of
 from checkpointd.procfs import maps
 from checkpointd.tracking import uffd_wp
-from checkpointd.tracking.base import Collection, Space
+from checkpointd.tracking.base import Collection, Ranges, Space, Taken, Walk, Written
 from checkpointd.tracking.presence import holding_data
+from checkpointd.tracking.walks import take_written
 
 pytestmark = pytest.mark.needs("pagemap_scan", "uffd_wp")
 NR_PAGES = 1024
@@ -49,6 +50,7 @@ class Area:
         self.end = self.start + NR_PAGES * PAGE_SIZE
         self.bytes[::PAGE_SIZE] = 1
         self.pagemap = ps.open_pagemap(os.getpid())
+        self.walk: Walk | None = None
 
     def discard(self, page: int) -> None:
         self._map.madvise(mmap.MADV_DONTNEED, (page + 1) * PAGE_SIZE, PAGE_SIZE)
@@ -59,7 +61,7 @@ class Area:
     def space(self) -> Space:
         vmas = [v for v in maps.read_smaps(os.getpid()) if v.start < self.end and v.end > self.start]
         cut = [dataclasses.replace(v, start=max(v.start, self.start), end=min(v.end, self.end)) for v in vmas]
-        return Space(os.getpid(), self.pagemap, tuple(cut))
+        return Space(os.getpid(), self.pagemap, tuple(cut), walk=self.walk)
 
     def pages(self, runs: np.ndarray) -> set[int]:
         return {page - (self.start >> 12) for page in pages_of(runs).tolist()}
@@ -72,12 +74,19 @@ def area() -> Iterator[Area]:
     os.close(made.pagemap)
 
 
-@pytest.fixture(params=["one after the other", "second walk beside"])
-def tracker(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[uffd_wp.UffdWpTracker]:
-    if request.param == "second walk beside":
-        monkeypatch.setattr(uffd_wp, "_WALK_BESIDE_PAGES", 0)
+@pytest.fixture(params=["by itself", "by another, at once", "by another, late"])
+def tracker(request: pytest.FixtureRequest, area: Area) -> Iterator[uffd_wp.UffdWpTracker]:
+    """The first walk is made by the tracker, or by somebody else in the middle of all it does."""
+
+    def at_once(ranges: Ranges) -> Callable[[], Taken]:
+        taken = take_written(area.pagemap, ranges)
+        return lambda: taken
+
+    def late(ranges: Ranges) -> Callable[[], Taken]:
+        return lambda: take_written(area.pagemap, ranges)
+
+    walks: dict[str, Walk] = {"by another, at once": at_once, "by another, late": late}
+    area.walk = walks.get(request.param)
     known = features.probe()
     made = uffd_wp.UffdWpTracker(
         new_uffd(), has_guard_category=known.guard_category, holes_are_written=known.holes_are_written
@@ -129,12 +138,16 @@ def test_pages_told_early_are_dirty_and_armed(area: Area, tracker: uffd_wp.UffdW
     area.discard(3)
     told: list[set[int]] = []
 
-    def read_and_write(runs: Runs) -> None:
-        told.append(area.pages(runs))
+    def read_and_write(ranges: Ranges) -> Callable[[], Taken]:
+        taken = take_written(area.pagemap, ranges)
+        told.append(area.pages(taken.runs))
         area.bytes[16 * PAGE_SIZE] = 9
         area.discard(24)  # as the kernel does to MADV_FREE memory at any time
+        return lambda: dataclasses.replace(taken, read=taken.runs)
 
-    first = tracker.collect(dataclasses.replace(area.space(), early=read_and_write))
+    first = tracker.collect(dataclasses.replace(area.space(), walk=read_and_write))
+    assert first.unread is not None
+    assert area.pages(first.unread) & set(range(NR_PAGES)) == set()
     tracker.commit()
     second = tracker.collect(area.space())
     assert told == [set(range(0, FEW * 8, 8))]
@@ -150,29 +163,26 @@ def test_what_the_target_need_not_wait_for_is_worked_out_afterwards(
     area: Area, tracker: uffd_wp.UffdWpTracker, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     worked_out: list[set[int]] = []
-    unchanged = uffd_wp._unchanged
+    seen = Written.seen
 
-    def counted(*args: Any) -> Runs:
-        worked_out.append(area.pages(unchanged(*args)))
-        return unchanged(*args)
+    def counted(self: Written) -> Runs:
+        worked_out.append(area.pages(seen(self)))
+        return seen(self)
 
-    monkeypatch.setattr(uffd_wp, "_unchanged", counted)
+    monkeypatch.setattr(Written, "seen", counted)
     tracker.collect(area.space())
     tracker.commit()
     worked_out.clear()
     written = set(range(0, FEW * 8, 8))
     area.bytes[: FEW * 8 * PAGE_SIZE : 8 * PAGE_SIZE] = 2
-    told: list[set[int]] = []
-    found = tracker.collect(
-        dataclasses.replace(area.space(), early=lambda runs: told.append(area.pages(runs)))
-    )
-    assert (told, worked_out) == ([written], [])
+    found = tracker.collect(area.space())
+    assert worked_out == []
     assert found.unread is not None
-    assert area.pages(found.unread) & set(range(NR_PAGES)) == set()
+    assert area.pages(found.unread) == written
     getattr(tracker, end)()
-    assert worked_out == [set(range(NR_PAGES)) - written]
-    assert (area.pages(found.dirty), area.pages(found.clean)) == (written, worked_out[0])
-    again = tracker.collect(dataclasses.replace(area.space(), early=lambda _: None))
+    assert worked_out == [written]
+    assert (area.pages(found.dirty), area.pages(found.clean)) == (written, set(range(NR_PAGES)) - written)
+    again = tracker.collect(area.space())
     if end == "commit":
         assert again.unread is not None
         assert area.pages(again.clean) == set(range(NR_PAGES))
@@ -185,7 +195,7 @@ def test_what_the_target_need_not_wait_for_is_worked_out_afterwards(
 def test_guard_pages_do_not_make_the_target_wait(area: Area, tracker: uffd_wp.UffdWpTracker) -> None:
     area.guard(5)
     for _ in range(3):
-        found = tracker.collect(dataclasses.replace(area.space(), early=lambda _: None))
+        found = tracker.collect(area.space())
         tracker.commit()
         assert area.pages(found.guards) == {5}
         assert 5 not in area.pages(found.clean) | area.pages(found.dirty)
@@ -206,7 +216,7 @@ def test_what_cannot_be_worked_out_afterwards_makes_nothing_clean(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(uffd_wp, "_unchanged", no_memory)
+        patch.setattr(Written, "seen", no_memory)
         found = tracker.collect(area.space())
         with pytest.raises(MemoryError):
             _ = found.clean

@@ -336,7 +336,7 @@ def test_those_the_target_waits_for_go_ahead_of_others_until_the_thaw(
     target, dumper, store, tmp_path, read_mode
 ):
     dumper.dump(options(tmp_path))
-    ours = (threading.get_native_id(), dumper._worker.pid, dumper._tracker.walker_tid)
+    ours = (threading.get_native_id(), dumper._worker.pid)
     seen, started = {}, []
     for point in ("dump.freeze", "freeze.done", "dump.collected", "dump.copied", "dump.thawed"):
         tracepoint.register(point, lambda name: seen.setdefault(name, _policies(*ours)))
@@ -347,6 +347,20 @@ def test_those_the_target_waits_for_go_ahead_of_others_until_the_thaw(
     assert list(seen.values()) == [ahead] * 3
     assert started == [ordinary]
     assert _policies(*ours, target.pid) == ordinary
+
+
+@pytest.mark.needs("realtime", "uffd_wp", "holes_are_written")
+def test_page_worker_keeps_off_the_cpu_of_the_target_until_the_thaw(target, dumper, store, tmp_path):
+    dumper.dump(options(tmp_path))
+    worker, everywhere, seen = dumper._worker.pid, os.sched_getaffinity(0), []
+    tracepoint.register("dump.collected", lambda _: seen.append(os.sched_getaffinity(worker)))
+    for cpu in sorted(everywhere)[:2]:
+        os.sched_setaffinity(target.pid, {cpu})
+        dumper.dump(options(tmp_path, incremental=True))
+        assert seen.pop() == everywhere - {cpu}
+        threads = [int(tid) for tid in os.listdir(f"/proc/{worker}/task")]
+        assert len(threads) > 2
+        assert [os.sched_getaffinity(tid) for tid in threads] == [everywhere] * len(threads)
 
 
 def _policy_of_a_new_thread():

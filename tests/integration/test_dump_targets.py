@@ -16,7 +16,7 @@ from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.dump.targets import KnownAlone, mapped_by_nobody_else
 from checkpointd.image.store import Store
 from checkpointd.linux import pidfd
-from checkpointd.memory import PAGE_SIZE
+from checkpointd.memory import NO_RUNS, PAGE_SIZE
 
 NR_PAGES = 3000
 
@@ -80,7 +80,7 @@ def test_what_is_not_there_or_a_files_or_shared_memory_is_not_ones_own():
 
 def test_a_fork_meanwhile_is_noticed(family):
     runs = np.array([[family + n, 1] for n in range(NR_PAGES)], dtype=np.uint64)
-    known = KnownAlone.look(os.getpid(), runs)
+    known = KnownAlone.look(os.getpid(), runs, NO_RUNS)
     assert (known.runs[:, 0] - np.uint64(family)).tolist() == list(range(0, NR_PAGES, 3))
     assert len(known.still(os.getpid())) == len(known.runs)
     child = os.fork()
@@ -90,7 +90,25 @@ def test_a_fork_meanwhile_is_noticed(family):
     assert len(known.still(os.getpid())) == 0
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert len(KnownAlone.look(os.getpid(), runs[:0]).still(os.getpid())) == 0
+    assert len(KnownAlone.look(os.getpid(), NO_RUNS, runs).still(os.getpid())) == 0
+
+
+def test_pages_seldom_written_tell_of_a_fork_after_which_all_others_were_written():
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    hot, cold = mmap.mmap(-1, 16 * PAGE_SIZE, flags), mmap.mmap(-1, 16 * PAGE_SIZE, flags)
+    for area in (hot, cold):
+        area[:] = b"1" * len(area)
+    written, others = (np.array([[_address(area), 16]], dtype=np.uint64) for area in (hot, cold))
+    alone = [KnownAlone.look(os.getpid(), written, some) for some in (others, NO_RUNS)]
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    hot[:] = b"2" * len(hot)
+    found = [len(one.still(os.getpid())) for one in alone]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert found == [0, 1]
 
 
 WATCHED = """

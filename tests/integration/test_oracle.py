@@ -148,11 +148,14 @@ def test_tracker_that_forgets_dirty_pages_is_seen(monkeypatch: pytest.MonkeyPatc
     dice = random.Random(1)
     seen: dict[UffdWpTracker, PageNumbers] = {}  # by the last collection
     before: dict[UffdWpTracker, PageNumbers] = {}  # by the last one of which an image was made
-    collect, commit = UffdWpTracker.collect, UffdWpTracker.commit
+    begin, finish, commit = UffdWpTracker.begin, UffdWpTracker.finish, UffdWpTracker.commit
 
-    def forgetful(self: UffdWpTracker, space: Space) -> Collection:
-        # told early it would be read all the same, and the image refuse a page that is dirty and clean at once
-        found = collect(self, dataclasses.replace(space, early=None))
+    def alone(self: UffdWpTracker, space: Space) -> bool:
+        # what the page worker finds is read all the same, and the image refuses a page that is dirty and clean at once
+        return begin(self, dataclasses.replace(space, walk=None))
+
+    def forgetful(self: UffdWpTracker) -> Collection:
+        found = finish(self)
         dirty = pages_of(found.dirty)
         lost = np.array([dice.random() < share for _ in dirty], dtype=bool)
         lost &= np.isin(dirty, before.get(self, NO_PAGES))  # a page that is new cannot be inherited
@@ -166,7 +169,8 @@ def test_tracker_that_forgets_dirty_pages_is_seen(monkeypatch: pytest.MonkeyPatc
         if self in seen:
             before[self] = seen[self]
 
-    monkeypatch.setattr(UffdWpTracker, "collect", forgetful)
+    monkeypatch.setattr(UffdWpTracker, "begin", alone)
+    monkeypatch.setattr(UffdWpTracker, "finish", forgetful)
     monkeypatch.setattr(UffdWpTracker, "commit", committed)
     for seed in range(1, 30):
         before.clear()
