@@ -22,14 +22,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from kernel_shim.limits import Headroom
-
 from checkpointd import features, tracepoint
+from checkpointd.dump import collecting
 from checkpointd.dump.child import Heard
 from checkpointd.dump.division import (
     CopyLacksPagesError,
     check_complete,
-    code_of,
     joined,
     most_read_stopped,
     object_requests,
@@ -48,7 +46,7 @@ from checkpointd.dump.targets import (
     forks_cost_pool_pages,
     identity_of,
     is_watched,
-    written_beside,
+    parent_warnings,
 )
 from checkpointd.dump.work import Work
 from checkpointd.errors import (
@@ -92,7 +90,7 @@ from checkpointd.target.memory import (
 from checkpointd.target.process import SleepMemory, capture_process, prepare_process
 from checkpointd.target.remote import Remote
 from checkpointd.target.threads import note_sleeps
-from checkpointd.tracking.base import Collection, Ranges, Space, Taken, Tracker, TrackingLostError, Walk
+from checkpointd.tracking.base import Collection, Space, Tracker, TrackingLostError
 from checkpointd.tracking.content import ContentTracker
 from checkpointd.tracking.make import make_tracker, needs_switch_off, switch_is_on, switch_off
 from checkpointd.tracking.select import Choice
@@ -253,7 +251,7 @@ class Dumper:
         what = f"the parent image {parent[:12]} of process {self.pid}"
         hint = "dump in full (without --incremental), or name a parent that is there with --parent"
         try:
-            self._worker.begin(
+            found = self._worker.begin(
                 pid=self.pid,
                 store=options.store,
                 parent=parent,
@@ -267,6 +265,8 @@ class Dumper:
         except ImageDamaged as error:
             error.hint = hint
             raise error.of_image(what) from error
+        if options.parent and found and not self._is_trusted(work):
+            work.stats.warnings += parent_warnings(found, self.identity)
 
     # -- what happens while the target stands still
 
@@ -289,10 +289,11 @@ class Dumper:
                 tracepoint.hit("dump.collect")
                 if isinstance(tracker, UffdWpTracker) and self._may_walk(captured, options, work):
                     finish = tracker.finish
-                    if not self._begin_walks(tracker, vmas, options, work):
+                    most = self._most_read_stopped(options, work.nr_resident)
+                    if not collecting.begin_walks(tracker, self._worker, vmas, work, most):
                         collection = finish()
                 else:
-                    collection = self._collect(tracker, vmas, work)
+                    collection = collecting.collect(tracker, vmas, work)
                 if collection is not None:
                     tracepoint.hit("dump.collected")
                     self._plan(work, captured, collection, vmas)
@@ -301,8 +302,7 @@ class Dumper:
                         now, work.copies = split_by_code(work.copies, vmas)
                         self._worker.start_copy(now)
             except TrackingLostError as error:
-                work.stats.warnings.append(_lost_words(error))
-                self._drop_tracker()
+                self._lose_tracker(error, work)
                 finish = None
             at = work.mark("collecting", at)
         with frozen.inject() as remote:
@@ -315,11 +315,7 @@ class Dumper:
             work.stats.warnings += [*state.warnings, *files.warnings]
             at = work.mark("files", at)
             if collection is None:
-                if finish is not None:
-                    collection = finish()
-                else:
-                    tracepoint.hit("dump.collect")
-                    collection = self._collect_injected(options, remote, vmas, work)
+                collection = self._collect_injected(options, remote, vmas, work, finish)
                 tracepoint.hit("dump.collected")
                 self._plan(work, captured, collection, vmas)
                 at = work.mark("collecting", at)
@@ -376,9 +372,24 @@ class Dumper:
                 extra.close()
 
     def _collect_injected(
-        self, options: DumpOptions, remote: Remote, vmas: tuple[Vma, ...], work: Work
+        self,
+        options: DumpOptions,
+        remote: Remote,
+        vmas: tuple[Vma, ...],
+        work: Work,
+        finish: Callable[[], Collection] | None,
     ) -> Collection:
-        """Collect where calls can be made in the target: to make a tracker, or to ask whether it may be trusted."""
+        """Collect where calls can be made in the target: to make a tracker, or to ask whether it may be trusted.
+
+        Args:
+            finish: ends a collection that has begun.
+        """
+        if finish is not None:
+            try:
+                return finish()
+            except TrackingLostError as error:
+                self._lose_tracker(error, work)
+        tracepoint.hit("dump.collect")
         asked = options.backend
         if self._tracker is None or (asked not in ("auto", self._tracker.name)):
             self._make_tracker(asked, remote)
@@ -386,11 +397,11 @@ class Dumper:
         try:
             if not switch_is_on(self._tracker, remote):
                 raise TrackingLostError("precise tracking was switched off in the process")
-            return self._collect(self._tracker, vmas, work)
+            return collecting.collect(self._tracker, vmas, work)
         except TrackingLostError as error:
             work.stats.warnings.append(_lost_words(error))
             self._make_tracker(asked, remote)
-            return self._collect(self._tracker, vmas, work)
+            return collecting.collect(self._tracker, vmas, work)
 
     def _may_walk(self, captured: CapturedSpace, options: DumpOptions, work: Work) -> bool:
         """May the page worker look for what was written, and read it, beside the injection?
@@ -401,45 +412,12 @@ class Dumper:
             return False
         return sum(source.object.size_bytes for source in captured.sources) <= _SMALL_OBJECTS_BYTES
 
-    def _begin_walks(
-        self, tracker: UffdWpTracker, vmas: tuple[Vma, ...], options: DumpOptions, work: Work
-    ) -> bool:
-        """Begin to collect; `tracker.finish` must follow before the thaw.  See `UffdWpTracker.begin`."""
-        code, most = code_of(vmas), self._most_read_stopped(options, work.nr_resident)
-
-        def walk(ranges: Ranges) -> Callable[[], Taken]:
-            # the target's thread makes our calls meanwhile
-            work.ahead.keep_off(self._worker.pid, process.read_stat(self.pid).processor)
-            self._worker.start_walk(ranges, code, most)
-
-            def finish() -> Taken:
-                taken, is_alone = self._worker.finish_walk()
-                if is_alone is not None:
-                    work.still_alone = work.alone.runs if work.alone and is_alone else NO_RUNS
-                work.early = taken.read
-                return taken
-
-            return finish
-
-        with self._space(vmas, work, walk) as space:
-            return tracker.begin(space)
-
-    def _collect(self, tracker: Tracker, vmas: tuple[Vma, ...], work: Work) -> Collection:
-        with self._space(vmas, work) as space:
-            return tracker.collect(space)
-
-    @contextlib.contextmanager
-    def _space(self, vmas: tuple[Vma, ...], work: Work, walk: Walk | None = None) -> Iterator[Space]:
-        pagemap = ps.open_pagemap(self.pid)
-        try:
-            suspect = written_beside(self.pid, vmas, kernel_workers=work.kernel_workers)
-            yield Space(self.pid, pagemap, vmas, suspect, walk)
-        finally:
-            os.close(pagemap)
-        if self._tracker is not None and self._tracker.name != "content":
-            # every tracker but content keeps mappings apart that would have been one
-            warning = Headroom(len(vmas), work.max_map_count).warning
-            work.stats.warnings += [warning] if warning else []
+    def _lose_tracker(self, error: TrackingLostError, work: Work) -> None:
+        """In the middle of a collection: pages that are being read already need not be read again."""
+        work.stats.warnings.append(_lost_words(error))
+        if self._worker.is_walking:
+            collecting.take_walk(self._worker, work)
+        self._drop_tracker()
 
     def _plan(self, work: Work, captured: CapturedSpace, found: Collection, vmas: tuple[Vma, ...]) -> None:
         stats = work.stats

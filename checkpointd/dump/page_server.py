@@ -38,6 +38,7 @@ from checkpointd.dump.page_reading import CopyRequest, cut, pieces, read
 from checkpointd.dump.targets import KnownAlone
 from checkpointd.errors import Cancelled, CheckpointError, TargetGone
 from checkpointd.image.builder import ImageBuilder
+from checkpointd.image.info import ImageInfo
 from checkpointd.image.reader import Image
 from checkpointd.image.store import Store
 from checkpointd.linux import pagemap_scan as ps
@@ -102,7 +103,7 @@ class PageServer:
         delta: bool,
         expected_pages: int,
         alone: KnownAlone | None,
-    ) -> None:
+    ) -> ImageInfo | None:
         self.abort()
         self._target, self._alone = pid, alone
         opened = self._open(store)
@@ -118,6 +119,7 @@ class PageServer:
         )
         self.writing.set()
         self._room().touch(expected_pages * PAGE_SIZE, self._pool)
+        return self._parent.info if self._parent else None
 
     def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
         return self._open(store).latest_of(pid, start_time, boot_id)

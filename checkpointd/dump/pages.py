@@ -19,6 +19,7 @@ from checkpointd.dump.page_buffer import MAX_BUFFER_BYTES
 from checkpointd.dump.page_reading import CopyRequest
 from checkpointd.dump.targets import KnownAlone
 from checkpointd.errors import CheckpointError
+from checkpointd.image.info import ImageInfo
 from checkpointd.memory import Runs
 from checkpointd.tracking.base import Ranges, Taken
 
@@ -65,14 +66,20 @@ class PageWorker:
         delta: bool,
         expected_pages: int,
         alone: KnownAlone | None = None,
-    ) -> None:
+    ) -> ImageInfo | None:
         """Open the store, load the parent's index and touch the buffer.  Before the freeze.
 
         When we die in the middle, the worker reaps what a forked copy leaves with the target `pid`.  With `delta`,
         `encode` and `read_and_encode` read the parent's pages too; `copy` never does.  `alone` is for `start_walk`.
+
+        Returns:
+            Facts of the parent.
         """
         self._revive()
-        self._ask("begin", pid, store, parent, compress, delta, expected_pages, alone)
+        found: ImageInfo | None = self._ask(
+            "begin", pid, store, parent, compress, delta, expected_pages, alone
+        )
+        return found
 
     def latest_of(self, store: str, pid: int, start_time: int, boot_id: str) -> str:
         """See `Store.latest_of`."""
@@ -99,6 +106,11 @@ class PageWorker:
         self._walking = True
         self._child.send("copy_written")
         self._copying = True
+
+    @property
+    def is_walking(self) -> bool:
+        """Is it for `finish_walk` to be called?"""
+        return self._walking
 
     def finish_walk(self) -> tuple[Taken, bool | None]:
         """What was written, of which `Taken.read` is being read; and is `alone` so still, if that was looked at.

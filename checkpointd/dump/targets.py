@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from checkpointd.errors import TargetGone
+from checkpointd.image.info import ImageInfo
 from checkpointd.memory import NO_RUNS, PageNumbers, Runs, Vma, VmaKind, merge_runs
 from checkpointd.procfs import process
 
@@ -32,6 +33,16 @@ def identity_of(pid: int) -> process.ProcessIdentity:
         return process.identity(pid)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise TargetGone(f"no process with pid {pid}", hint="look it up with `ps`", pid=pid) from error
+
+
+def parent_warnings(parent: ImageInfo, own: process.ProcessIdentity) -> list[str]:
+    """What to say of a parent that was named by the user."""
+    if (parent.pid, parent.start_time) == (own.pid, own.start_time):
+        return []
+    return [
+        f"the parent {parent.id[:12]} is an image of another process ({parent.pid}, {parent.comm}): what is the same "
+        "there, at the same addresses, is not stored again"
+    ]
 
 
 def mapped_by_nobody_else(pid: int, runs: Runs) -> BoolArray:

@@ -20,6 +20,7 @@ from checkpointd.dump.pages import PageWorker
 from checkpointd.errors import Cancelled, CheckpointError, FrozenTooLong
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE, PRIVATE_OBJECT
+from checkpointd.tracking.base import TrackingLostError
 
 SOURCE = """
 import mmap, os, sys
@@ -223,6 +224,26 @@ def test_failed_dump_loses_no_dirty_page(target, dumper, store, tmp_path, point)
     assert len(store.images()) == 2
 
 
+@pytest.mark.needs("uffd_wp")
+@pytest.mark.parametrize("point", ["track.scanned", "track.armed"])
+def test_tracking_lost_in_the_middle_of_a_collection_is_made_anew(target, dumper, store, tmp_path, point):
+    def lose(_):
+        raise TrackingLostError("staged")
+
+    dumper.dump(options(tmp_path))
+    target.write(p5=77, p6=78)
+    tracepoint.register(point, lose, at=1)
+    made = dumper.dump(options(tmp_path, incremental=True))
+    assert [one for one in made.warnings if "dirty tracking was lost (staged)" in one]
+    assert made.backend == "content"
+    for value in (2, 3):
+        assert target.memory_differs_from(store.load(made.image_id)) == []
+        target.write(p9=value)
+        made = dumper.dump(options(tmp_path, incremental=True))
+        assert made.backend == "uffd-wp"
+    assert target.memory_differs_from(store.load(made.image_id)) == []
+
+
 def test_parent_that_is_not_the_epochs_is_compared_by_content(target, dumper, store, tmp_path):
     first = dumper.dump(options(tmp_path))
     target.write(p5=1, p6=2)
@@ -231,6 +252,23 @@ def test_parent_that_is_not_the_epochs_is_compared_by_content(target, dumper, st
     assert made.backend == "content"
     assert "did not begin" in made.backend_reason
     assert target.memory_differs_from(store.load(made.image_id)) == []
+
+
+def test_parent_of_another_process_is_told(target, dumper, store, tmp_path):
+    other = Target()
+    theirs = Dumper(other.pid)
+    try:
+        parent = theirs.dump(options(tmp_path)).image_id
+        made = dumper.dump(options(tmp_path, incremental=True, parent=parent))
+    finally:
+        theirs.close()
+        other.process.kill()
+        other.process.wait()
+    (warning,) = [one for one in made.warnings if "another process" in one]
+    assert f"{parent[:12]} is an image of another process ({other.pid}, python" in warning
+    assert target.memory_differs_from(store.load(made.image_id)) == []
+    made = dumper.dump(options(tmp_path, incremental=True, parent=made.image_id))
+    assert not [one for one in made.warnings if "another process" in one]
 
 
 def test_tracking_lost_with_its_agent_falls_back_to_content(target, store, tmp_path):
