@@ -27,6 +27,8 @@ from checkpointd.errors import CheckpointError
 from checkpointd.procfs.process import read_stat
 
 _STOPPED_CHECK_S = 0.5
+_SO_SNDBUFFORCE = 32
+_BUFFER_BYTES = 4 << 20
 _FITS_BYTES = 64 << 10  # a socket takes more than twice that without a reader
 
 Heard = Callable[[int, int], None]
@@ -44,6 +46,8 @@ class Child:
     def __init__(self, module: str, *words: str, gone: tuple[str, str]) -> None:
         self._gone_words = gone
         ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            _enlarge(end)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno()), *words],
@@ -76,6 +80,9 @@ class Child:
                 self._send_watched(message)
         except OSError as error:
             raise self._gone() from error
+        except BaseException:
+            self._gone()  # nobody would take its answer
+            raise
 
     def _send_watched(self, message: bytes) -> None:
         """More than the socket takes at once: it goes on only while the child reads."""
@@ -140,3 +147,13 @@ class Child:
         if is_stopped and was_stopped:
             self._process.kill()
         return is_stopped
+
+
+def _enlarge(end: socket.socket) -> None:
+    """So that no answer has to wait for its reader: one of the page worker is as long as writes are scattered."""
+    for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
+        try:
+            end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        except PermissionError:
+            continue
+        return

@@ -42,10 +42,10 @@ def begin_walks(
     """
     pid, code = work.stats.pid, code_of(vmas)
 
-    def walk(ranges: Ranges) -> Callable[[], Taken]:
+    def walk(ranges: Ranges, has_guard_category: bool) -> Callable[[], Taken]:
         # the target's thread makes our calls meanwhile
         work.ahead.keep_off(worker.pid, process.read_stat(pid).processor)
-        worker.start_walk(ranges, code, most)
+        worker.start_walk(ranges, has_guard_category, code, most)
         return partial(take_walk, worker, work)
 
     with _space(tracker, vmas, work, walk) as space:

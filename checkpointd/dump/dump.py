@@ -36,7 +36,7 @@ from checkpointd.dump.division import (
     split_for_fork,
     with_guards,
 )
-from checkpointd.dump.limits import Limits, Report
+from checkpointd.dump.limits import NO_BOUND, Limits, Report
 from checkpointd.dump.options import DumpOptions
 from checkpointd.dump.page_reading import CopyRequest
 from checkpointd.dump.pages import PageWorker
@@ -97,7 +97,6 @@ from checkpointd.tracking.select import Choice
 from checkpointd.tracking.uffd_wp import UffdWpTracker
 
 _SMALL_OBJECTS_BYTES = 4 << 20
-_NO_BOUND = 1 << 62
 _SPARE_PAGES = 1024  # dirtied between the count before the freeze and the freeze
 
 __all__ = ["DumpOptions", "Dumper", "dumper"]
@@ -211,7 +210,11 @@ class Dumper:
                 freeze(self.pid, timeout_s=work.limits.freeze_timeout_s()) as frozen,
             ):
                 work.stats.freezing_time = frozen.freezing_time_us
-                self._frozen(frozen, options, parent, work, report)
+                try:
+                    self._frozen(frozen, options, parent, work, report)
+                except Exception:
+                    self._end_collection()
+                    raise
                 if options.kill:
                     work.ahead.end()  # nobody waits for it any more
                     self._finish(options, parent, work, report)
@@ -289,9 +292,10 @@ class Dumper:
                 tracepoint.hit("dump.collect")
                 if isinstance(tracker, UffdWpTracker) and self._may_walk(captured, options, work):
                     finish = tracker.finish
-                    most = self._most_read_stopped(options, work.nr_resident)
+                    most = min(self._most_read_stopped(options, work.nr_resident), work.limits.most_pages())
                     if not collecting.begin_walks(tracker, self._worker, vmas, work, most):
                         collection = finish()
+                    work.limits.check_budget(frozen, 0)
                 else:
                     collection = collecting.collect(tracker, vmas, work)
                 if collection is not None:
@@ -318,6 +322,7 @@ class Dumper:
                 collection = self._collect_injected(options, remote, vmas, work, finish)
                 tracepoint.hit("dump.collected")
                 self._plan(work, captured, collection, vmas)
+                self._check_budget(frozen, options, work)
                 at = work.mark("collecting", at)
             if self._wants_fork(options, work):
                 # what is being read must not become shared meanwhile
@@ -346,6 +351,13 @@ class Dumper:
         if process.read_stat(self.pid).state in "ZX":
             raise TargetGone(f"process {self.pid} was killed while it was being dumped", pid=self.pid)
         work.state = image_state
+
+    def _end_collection(self) -> None:
+        """The dump has failed: what was begun is finished while it can be, so that the next one knows what changed."""
+        tracker = self._tracker
+        with contextlib.suppress(Exception):
+            if isinstance(tracker, UffdWpTracker) and tracker.has_begun:
+                tracker.finish()
 
     def _fork(self, frozen: Frozen, remote: Injection, work: Work) -> None:
         try:
@@ -461,10 +473,10 @@ class Dumper:
     def _most_read_stopped(self, options: DumpOptions, nr_present: int) -> int:
         """How many dirty pages may be read from the target itself before a forked copy is wanted."""
         if options.kill or options.read_mode == "stopped" or not self._may_fork:
-            return _NO_BOUND
+            return NO_BOUND
         if options.read_mode == "fork":
             return -1
-        return most_read_stopped(nr_present) if self._forks else _NO_BOUND
+        return most_read_stopped(nr_present) if self._forks else NO_BOUND
 
     def _check_budget(self, frozen: Frozen, options: DumpOptions, work: Work) -> None:
         forked = work.stats.read_mode == "fork" or self._wants_fork(options, work)

@@ -18,6 +18,7 @@ from checkpointd.target.freeze import Frozen
 Report = Callable[[str, int, int], None]
 """(phase, done, total)"""
 
+NO_BOUND = 1 << 62
 _FREEZE_TIMEOUT_S = 5.0
 _BYTES_PER_US = 4000  # 4 GB/s, on the careful side: docs/performance.md has 10 for two threads
 _MORE = "allow more with --max-frozen, or dump incrementally so that less has to be copied"
@@ -52,6 +53,11 @@ class Limits:
                 hint=_MORE,
                 pid=self._pid,
             )
+
+    def most_pages(self) -> int:
+        """How many can be copied in the time that is allowed in all."""
+        allowed_us = self._options.max_frozen_us
+        return allowed_us * _BYTES_PER_US // PAGE_SIZE if allowed_us else NO_BOUND
 
     def while_frozen(self, frozen: Frozen, report: Report) -> Heard:
         """Looks at every limit while the worker reads: the guess of `check_budget` may have been too good."""

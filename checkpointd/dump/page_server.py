@@ -92,7 +92,11 @@ class PageServer:
         self._pool = ThreadPoolExecutor(NR_THREADS)
         # all of them now: one begun while this thread is kept off a CPU would be so for good
         started = threading.Barrier(NR_THREADS)
-        wait([self._pool.submit(started.wait) for _ in range(NR_THREADS)])
+        try:
+            wait([self._pool.submit(started.wait) for _ in range(NR_THREADS)])
+        except RuntimeError:  # no more threads: the one that waits for it would keep us from ending
+            started.abort()
+            raise
 
     def begin(
         self,
@@ -158,12 +162,19 @@ class PageServer:
         else:
             self._each(work, jobs, _pages_of_job)
 
-    def walk(self, ranges: Ranges, code: Runs, most: int) -> tuple[Taken, bool | None]:
+    def walk(
+        self, ranges: Ranges, has_guard_category: bool, code: Runs, most: int
+    ) -> tuple[Taken, bool | None]:
+        """See `PageWorker.start_walk`; what is to be read waits for `copy_written`, which comes next.
+
+        Returns:
+            The walk, and whether pages known to be nobody else's still are; None when nothing will be read.
+        """
         pid = self._target
         try:
             pagemap = ps.open_pagemap(pid)
             try:
-                taken = take_written(pagemap, ranges)
+                taken = take_written(pagemap, ranges, has_guard_category=has_guard_category)
             finally:
                 os.close(pagemap)
             walked = np.array([(start, end - start) for start, end in ranges], dtype=np.uint64)
@@ -177,6 +188,7 @@ class PageServer:
         return replace(taken, read=readable), len(alone) > 0
 
     def copy_written(self) -> None:
+        """Read what `walk` chose."""
         requests, self._written = self._written, []
         self.copy(requests, beside=True)
 

@@ -95,17 +95,16 @@ class PageWorker:
         """
         self._ask("copy", requests, heard=heard)
 
-    def start_walk(self, ranges: Ranges, code: Runs, most: int) -> None:
+    def start_walk(self, ranges: Ranges, has_guard_category: bool, code: Runs, most: int) -> None:
         """Have `walks.take_written` made of the frozen target, and then all read that was written but for `code`.
 
         Not when that is more than `most` pages.  `finish_walk` and then `finish_copy` take the answers: these must be
         the next calls (or `abort`).
         """
         self._check_idle()
-        self._child.send("walk", ranges, code, most)
-        self._walking = True
+        self._walking = self._copying = True
+        self._child.send("walk", ranges, has_guard_category, code, most)
         self._child.send("copy_written")
-        self._copying = True
 
     @property
     def is_walking(self) -> bool:
@@ -127,8 +126,8 @@ class PageWorker:
     def start_copy(self, requests: list[CopyRequest]) -> None:
         """Like `copy`, but the answer is taken by `finish_copy`, which must be the next call (or `abort`)."""
         self._check_idle()
-        self._child.send("copy", requests, True)
         self._copying = True
+        self._child.send("copy", requests, True)
 
     def finish_copy(self, heard: Heard | None = None) -> None:
         """Return when all that `start_copy` asked for, if anything, is out of the target.

@@ -70,7 +70,7 @@ class AheadOfOthers:
             return
         with contextlib.suppress(OSError):
             allowed = os.sched_getaffinity(tid)
-            if allowed - {cpu}:
+            if cpu in allowed and len(allowed) > 1:
                 self._kept_off.append((tid, allowed))
                 os.sched_setaffinity(tid, allowed - {cpu})
 

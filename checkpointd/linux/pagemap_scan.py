@@ -102,7 +102,8 @@ def scan(
 def write_protect(fd: int, start: int, end: int) -> None:
     """Arm every existing page of [start, end) that lies in a VMA registered for asynchronous write-protect.
 
-    Only PRESENT or SWAPPED pages are touched: protecting holes would cost page tables.
+    Where nothing is returned the kernel does not look at single pages: a hole that has a page table is armed too, which
+    changes nothing of what it holds.  Wanted are PRESENT or SWAPPED pages, since others would cost page tables.
     """
     wanted = (PAGE_IS_WRITTEN, PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
     arg = bytearray(_ARG.pack(_ARG.size, PM_SCAN_WP_MATCHING, start, end, 0, 0, 0, 0, 0, *wanted, 0))
@@ -138,6 +139,7 @@ def swapped_data(fd: int, first_page: int, nr_pages: int, *, file_backed: bool) 
     in_swap = (words & np.uint64(PM_SWAP | PM_PRESENT)) == np.uint64(PM_SWAP)
     shown = (words & np.uint64(PM_FRAME)) != 0
     marker = in_swap & shown & ((words & np.uint64(31)) == SWP_PTE_MARKER)
+    marker |= (words & np.uint64(PM_GUARD)) != 0  # shown to everybody
     holds: npt.NDArray[np.bool_] = ~marker
     if file_backed:
         holds &= (words & np.uint64(PM_FILE)) == 0

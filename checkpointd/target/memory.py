@@ -83,12 +83,28 @@ def huge_runs(pid: int, vmas: Sequence[Vma]) -> Runs:
 
 @dataclass(frozen=True, slots=True)
 class SpaceDraft:
-    """Mappings described before the freeze, none of them of shared memory (whose size may change in between)."""
+    """Mappings described before the freeze, none of them of shared memory (whose size may change in between).
+
+    Attributes:
+        files: of what they are mappings; each is looked at again in the freeze.
+        whole: see `CapturedSpace.read_whole`.
+    """
 
     vmas: Sequence[Vma]
     states: tuple[VmaState, ...]
     files: tuple[FileIdentity, ...]
     whole: tuple[Vma, ...]
+
+    def holds(self, pid: int, vmas: Sequence[Vma]) -> bool:
+        """Is it of these mappings, and are their files as they were?"""
+        if vmas is not self.vmas:
+            return False
+        first: dict[int, Vma] = {}
+        mapped = (vma for vma in vmas if vma.kind is not VmaKind.VSYSCALL)
+        for state, vma in zip(self.states, mapped, strict=True):
+            if state.file is not None:
+                first.setdefault(state.file, vma)
+        return all(_identity(pid, vma) == self.files[n] for n, vma in first.items())
 
 
 def prepare_address_space(
@@ -128,7 +144,7 @@ def capture_address_space(
         OSError: a mapping's file cannot be looked at (needs CAP_CHECKPOINT_RESTORE for deleted ones).
     """
     objects = _Objects(pid)
-    if draft is not None and draft.vmas is vmas and len(guards) == 0:
+    if draft is not None and len(guards) == 0 and draft.holds(pid, vmas):
         states, files, whole = draft.states, draft.files, draft.whole
     else:
         states, files, whole = _describe(pid, vmas, objects, guards, huge, policies)

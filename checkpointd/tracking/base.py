@@ -25,10 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
-from checkpointd.linux import pagemap_scan as ps
-from checkpointd.memory import NO_RUNS, PAGE_SHIFT, Runs, Vma, merge_runs
+from checkpointd.memory import NO_RUNS, Runs, Vma
 
 Ranges = Sequence[tuple[int, int]]
 """(start, end) addresses of VMAs, sorted."""
@@ -62,7 +59,7 @@ class Collection:
     Attributes:
         guards: pages of guard regions (MADV_GUARD_INSTALL); they hold nothing.
         forced: pages in `dirty` only because their kind cannot be tracked (pinned, foreign uffd, KSM, ...).
-        unread: the dirty pages that `Space.walk` does not have read; None: it was not asked, or more must be known.
+        unread: the dirty pages that `Space.walk` does not have read; None where that takes all of `found`.
     """
 
     def __init__(
@@ -100,12 +97,12 @@ class Taken:
     """What was written in VMAs that have been registered since the last collection, and is armed again (walks.py).
 
     Attributes:
-        regions: all of it, whatever it holds.
-        runs: the pages of these that hold data.
-        read: pages of `runs` that whoever made the walk is reading already.
+        seen: all of it, whatever it holds.
+        runs: the pages of these that hold data; the very same array where all do.
+        read: pages of `runs` that whoever made the walk is reading already; the same array where all are.
     """
 
-    regions: ps.Regions
+    seen: Runs
     runs: Runs
     read: Runs = field(default_factory=lambda: NO_RUNS)
 
@@ -115,31 +112,24 @@ class Written:
     """What was written there, and what else is no longer what it was.
 
     Attributes:
-        regions: all that was written, emptied or is a guard; in any order.
+        seen: all that was written, emptied or is a guard.
         runs: the pages of these that hold data.
         guards: the pages of guard regions.
         nr_reported: how many pages the kernel called written.
         read: see `Taken`.
     """
 
-    regions: ps.Regions
+    seen: Runs
     runs: Runs
     guards: Runs
     nr_reported: int
     read: Runs = field(default_factory=lambda: NO_RUNS)
 
-    def seen(self) -> Runs:
-        """The pages of all regions."""
-        regions = self.regions
-        return merge_runs(
-            np.stack((regions[:, 0], regions[:, 1] - regions[:, 0]), axis=1) >> np.uint64(PAGE_SHIFT)
-        )
 
+NOTHING_WRITTEN = Written(NO_RUNS, NO_RUNS, NO_RUNS, 0)
 
-NOTHING_WRITTEN = Written(ps.NO_REGIONS, NO_RUNS, NO_RUNS, 0)
-
-Walk = Callable[[Ranges], Callable[[], Taken]]
-"""See `Space.walk`."""
+Walk = Callable[[Ranges, bool], Callable[[], Taken]]
+"""Gets ranges, and whether the kernel knows the guard category; see `Space.walk`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +141,7 @@ class Space:
         vmas: all VMAs with flags.
         always_dirty: page runs that must be read whatever the tracker says (pinned for I/O).
         walk: has `walks.take_written` made elsewhere, of these ranges, where what was written may be read at once; what
-            it returns waits for the walk.  Called once at most, when tracking can no longer be lost.
+            it returns waits for the walk.  Called once at most.
     """
 
     pid: int

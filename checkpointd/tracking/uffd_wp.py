@@ -51,6 +51,7 @@ from checkpointd.tracking.base import (
     Space,
     Taken,
     TrackingLostError,
+    Written,
 )
 from checkpointd.tracking.epoch import Epochs
 from checkpointd.tracking.presence import PresentRegions, anonymous_only, holding_data, scan_presence
@@ -117,7 +118,8 @@ class UffdWpTracker:
         return self.finish()
 
     def begin(self, space: Space) -> bool:
-        """The first part of a collection; `finish`, the rest of it, must come before the thaw too.
+        """The first part of a collection; `finish`, the rest of it, must come before the thaw too, or what was armed is
+        not known (`rollback` then forgets everything).
 
         Returns:
             `space.walk` is at work: what comes in between is gained.
@@ -143,12 +145,17 @@ class UffdWpTracker:
             raise
         return space.walk is not None and taken is not None
 
+    @property
+    def has_begun(self) -> bool:
+        """Is it for `finish` to be called?"""
+        return self._begun is not None
+
     def _walk(self, space: Space, known: set[int]) -> Callable[[], Taken]:
         """Have armed what was written in VMAs registered before."""
         ranges = _addresses(space.vmas, known)
         if space.walk is not None:
-            return space.walk(ranges)
-        taken = take_written(space.pagemap, ranges)
+            return space.walk(ranges, self._has_guard_category)
+        taken = take_written(space.pagemap, ranges, has_guard_category=self._has_guard_category)
         return lambda: taken
 
     def finish(self) -> Collection:
@@ -162,7 +169,7 @@ class UffdWpTracker:
             TrackingLostError: see `Tracker.collect`.
             CheckpointError: whoever walked has failed.
         """
-        begun = self._begun
+        begun, self._begun = self._begun, None
         assert begun is not None, "begin comes first"
         try:
             pagemap = ps.open_pagemap(begun.space.pid)
@@ -173,7 +180,6 @@ class UffdWpTracker:
         except BaseException:
             self._distrust()
             raise
-        self._begun = None
         return self._last
 
     def _finish(self, begun: _Begun, space: Space) -> Collection:
@@ -196,8 +202,7 @@ class UffdWpTracker:
         unread = NO_RUNS if written.read is more else subtract_runs(more, written.read)
 
         def found() -> Found:
-            # what held data in VMAs known before, and still holds it: all but what was written or emptied
-            rest = subtract_runs(intersect_runs(seen, known), written.seen())
+            rest = _unchanged(seen, known, written)
             clean = rest if later else self._epochs.clean(rest, always)
             dirty = _union(looked.dirty, more, NO_RUNS if later else subtract_runs(rest, clean))
             self._seen = data = _union(looked.data, more, rest)
@@ -230,9 +235,12 @@ class UffdWpTracker:
         return _Looked(data, clean, dirty)
 
     def _settle(self) -> None:
-        """Work out what the last collection left for later: all else needs it."""
+        """Work out what the last collection left for later: all else needs it.
+
+        One that was not finished cannot be any more: its mappings are those of a freeze that has ended.
+        """
         if self._begun is not None:
-            self.finish()
+            self._distrust()
         if self._last is not None:
             _ = self._last.found
 
@@ -408,6 +416,11 @@ def _ranges(vmas: Sequence[Vma], which: Set[int]) -> Runs:
 def _union(*parts: Runs) -> Runs:
     full = [part for part in parts if len(part)]
     return merge_runs(full[0] if len(full) == 1 else np.concatenate(full)) if full else NO_RUNS
+
+
+def _unchanged(seen: Runs, known: Runs, written: Written) -> Runs:
+    """What held data in VMAs known before, and still holds it: all but what was written or emptied."""
+    return subtract_runs(intersect_runs(seen, known), written.seen)
 
 
 def _nr_written(present: PresentRegions) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from checkpointd.linux import pagemap_scan as ps
-from checkpointd.memory import PAGE_SHIFT, Vma, VmaKind, merge_runs, nr_pages_in
+from checkpointd.memory import NO_RUNS, PAGE_SHIFT, Runs, Vma, VmaKind, merge_runs, nr_pages_in
 from checkpointd.tracking.base import Ranges, Taken, Written
 from checkpointd.tracking.presence import PresentRegions, holding_data
 
@@ -20,7 +20,7 @@ _RETURNED = ps.PAGE_IS_WRITTEN | ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED | ps.PA
 _SHIFT = np.uint64(PAGE_SHIFT)
 
 
-def take_written(pagemap: int, ranges: Ranges) -> Taken:
+def take_written(pagemap: int, ranges: Ranges, *, has_guard_category: bool) -> Taken:
     """The first walk: arm what was written to, and tell which pages that were.
 
     It looks and arms at once: nobody can write between the two, so these pages can be read from then on.
@@ -29,6 +29,7 @@ def take_written(pagemap: int, ranges: Ranges) -> Taken:
         ranges: anonymous memory, registered for asynchronous write-protect.
     """
     existing = ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED
+    returned = _RETURNED | (ps.PAGE_IS_GUARD if has_guard_category else 0)
     regions = np.concatenate(
         [
             ps.scan(
@@ -37,7 +38,7 @@ def take_written(pagemap: int, ranges: Ranges) -> Taken:
                 end,
                 mask=ps.PAGE_IS_WRITTEN,
                 anyof=existing,
-                returned=_RETURNED,
+                returned=returned,
                 flags=ps.PM_SCAN_WP_MATCHING,
             )
             for start, end in ranges
@@ -45,10 +46,11 @@ def take_written(pagemap: int, ranges: Ranges) -> Taken:
     )
     of = regions[:, 2] & np.uint64(ps.PAGE_IS_PRESENT | ps.PAGE_IS_PFNZERO)
     if ((of & np.uint64(ps.PAGE_IS_PRESENT)) == 0).any():  # swapped out, or a marker
-        return Taken(regions, merge_runs(_holding(pagemap, regions, ranges).runs))
-    found = regions[of == np.uint64(ps.PAGE_IS_PRESENT)]
-    starts = found[:, 0] >> _SHIFT
-    return Taken(regions, merge_runs(np.stack((starts, (found[:, 1] >> _SHIFT) - starts), axis=1)))
+        return Taken(_runs(regions), merge_runs(_holding(pagemap, regions, ranges).runs))
+    if (of == np.uint64(ps.PAGE_IS_PRESENT)).all():
+        runs = _runs(regions)
+        return Taken(runs, runs)
+    return Taken(_runs(regions), _runs(regions[of == np.uint64(ps.PAGE_IS_PRESENT)]))
 
 
 def look_again(pagemap: int, ranges: Ranges, taken: Taken, *, has_guard_category: bool) -> Written:
@@ -66,12 +68,17 @@ def look_again(pagemap: int, ranges: Ranges, taken: Taken, *, has_guard_category
     # An armed guard page does not read WRITTEN.  What holds data here was filled between the walks, or written again,
     # by somebody who does not stand still.  It is not armed, so the next collection tells of it too.
     holding = others[(others[:, 2] & np.uint64(ps.PAGE_IS_PRESENT | ps.PAGE_IS_SWAPPED)) != 0]
-    regions = np.concatenate((taken.regions, others))
+    seen = taken.seen if len(others) == 0 else merge_runs(np.concatenate((taken.seen, _runs(others))))
     if len(holding) == 0:
-        return Written(regions, taken.runs, holding[:, :2], nr_pages_in(taken.runs), taken.read)
+        return Written(seen, taken.runs, NO_RUNS, nr_pages_in(taken.runs), taken.read)
     more = _holding(pagemap, holding, ranges)
     runs = merge_runs(np.concatenate((taken.runs, more.runs)))
-    return Written(regions, runs, more.guards, nr_pages_in(runs), taken.read)
+    return Written(seen, runs, more.guards, nr_pages_in(runs), taken.read)
+
+
+def _runs(regions: ps.Regions) -> Runs:
+    starts = regions[:, 0] >> _SHIFT
+    return merge_runs(np.stack((starts, (regions[:, 1] >> _SHIFT) - starts), axis=1))
 
 
 def _holding(pagemap: int, regions: ps.Regions, ranges: Ranges) -> PresentRegions:

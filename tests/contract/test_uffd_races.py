@@ -23,7 +23,7 @@ from checkpointd.linux._libc import syscall
 from checkpointd.memory import NO_RUNS, PAGE_SIZE, Runs, Vma, VmaKind, pages_of
 from checkpointd.procfs import maps
 from checkpointd.tracking import uffd_wp
-from checkpointd.tracking.base import Collection, Ranges, Space, Taken, Walk, Written
+from checkpointd.tracking.base import Collection, Ranges, Space, Taken, Walk
 from checkpointd.tracking.presence import holding_data
 from checkpointd.tracking.walks import take_written
 
@@ -78,12 +78,12 @@ def area() -> Iterator[Area]:
 def tracker(request: pytest.FixtureRequest, area: Area) -> Iterator[uffd_wp.UffdWpTracker]:
     """The first walk is made by the tracker, or by somebody else in the middle of all it does."""
 
-    def at_once(ranges: Ranges) -> Callable[[], Taken]:
-        taken = take_written(area.pagemap, ranges)
+    def at_once(ranges: Ranges, has_guard_category: bool) -> Callable[[], Taken]:
+        taken = take_written(area.pagemap, ranges, has_guard_category=has_guard_category)
         return lambda: taken
 
-    def late(ranges: Ranges) -> Callable[[], Taken]:
-        return lambda: take_written(area.pagemap, ranges)
+    def late(ranges: Ranges, has_guard_category: bool) -> Callable[[], Taken]:
+        return lambda: take_written(area.pagemap, ranges, has_guard_category=has_guard_category)
 
     walks: dict[str, Walk] = {"by another, at once": at_once, "by another, late": late}
     area.walk = walks.get(request.param)
@@ -138,8 +138,8 @@ def test_pages_told_early_are_dirty_and_armed(area: Area, tracker: uffd_wp.UffdW
     area.discard(3)
     told: list[set[int]] = []
 
-    def read_and_write(ranges: Ranges) -> Callable[[], Taken]:
-        taken = take_written(area.pagemap, ranges)
+    def read_and_write(ranges: Ranges, has_guard_category: bool) -> Callable[[], Taken]:
+        taken = take_written(area.pagemap, ranges, has_guard_category=has_guard_category)
         told.append(area.pages(taken.runs))
         area.bytes[16 * PAGE_SIZE] = 9
         area.discard(24)  # as the kernel does to MADV_FREE memory at any time
@@ -163,13 +163,13 @@ def test_what_the_target_need_not_wait_for_is_worked_out_afterwards(
     area: Area, tracker: uffd_wp.UffdWpTracker, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     worked_out: list[set[int]] = []
-    seen = Written.seen
+    unchanged = uffd_wp._unchanged
 
-    def counted(self: Written) -> Runs:
-        worked_out.append(area.pages(seen(self)))
-        return seen(self)
+    def counted(*args: Any) -> Runs:
+        worked_out.append(area.pages(unchanged(*args)))
+        return unchanged(*args)
 
-    monkeypatch.setattr(Written, "seen", counted)
+    monkeypatch.setattr(uffd_wp, "_unchanged", counted)
     tracker.collect(area.space())
     tracker.commit()
     worked_out.clear()
@@ -180,8 +180,8 @@ def test_what_the_target_need_not_wait_for_is_worked_out_afterwards(
     assert found.unread is not None
     assert area.pages(found.unread) == written
     getattr(tracker, end)()
-    assert worked_out == [written]
-    assert (area.pages(found.dirty), area.pages(found.clean)) == (written, set(range(NR_PAGES)) - written)
+    assert worked_out == [set(range(NR_PAGES)) - written]
+    assert (area.pages(found.dirty), area.pages(found.clean)) == (written, worked_out[0])
     again = tracker.collect(area.space())
     if end == "commit":
         assert again.unread is not None
@@ -216,7 +216,7 @@ def test_what_cannot_be_worked_out_afterwards_makes_nothing_clean(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Written, "seen", no_memory)
+        patch.setattr(uffd_wp, "_unchanged", no_memory)
         found = tracker.collect(area.space())
         with pytest.raises(MemoryError):
             _ = found.clean
@@ -224,6 +224,49 @@ def test_what_cannot_be_worked_out_afterwards_makes_nothing_clean(
     again = tracker.collect(area.space())
     assert len(again.clean) == 0
     assert area.pages(again.dirty) == set(range(NR_PAGES))
+
+
+@pytest.mark.needs("guard")
+@pytest.mark.parametrize("shows_swap_types", [True, False])
+def test_guard_pages_that_were_written_before_hold_nothing(
+    area: Area, tracker: uffd_wp.UffdWpTracker, monkeypatch: pytest.MonkeyPatch, shows_swap_types: bool
+) -> None:
+    """The kernel shows callers without CAP_SYS_ADMIN no type of a marker, only that it is one."""
+    words = ps.read_words
+
+    def hidden(*args: Any) -> Any:
+        return words(*args) & ~np.uint64(ps.PM_FRAME)
+
+    if not shows_swap_types:
+        monkeypatch.setattr(ps, "read_words", hidden)
+    tracker.collect(area.space())
+    tracker.commit()
+    area.guard(5)
+    area.bytes[8 * PAGE_SIZE] = 2
+    for _ in range(2):
+        found = tracker.collect(area.space())
+        tracker.commit()
+        assert area.pages(found.guards) == {5}
+        assert 5 not in area.pages(found.clean) | area.pages(found.dirty)
+
+
+def test_what_was_begun_and_not_finished_is_not_finished_later(
+    area: Area, tracker: uffd_wp.UffdWpTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target runs on by then: other memory may lie where mappings were, which must not be registered or armed."""
+    tracker.collect(area.space())
+    tracker.commit()
+    area.bytes[8 * PAGE_SIZE] = 2
+    tracker.begin(area.space())
+    with monkeypatch.context() as patch:
+        for module, name in ((uffd, "register_wp"), (ps, "write_protect"), (ps, "scan")):
+            patch.setattr(module, name, lambda *_, **__: pytest.fail("a running target was touched"))
+        tracker.rollback()
+    again = tracker.collect(area.space())
+    assert len(again.clean) == 0
+    assert area.pages(again.dirty) == set(range(NR_PAGES))
+    tracker.commit()
+    assert area.pages(tracker.collect(area.space()).clean) == set(range(NR_PAGES))
 
 
 @pytest.mark.needs("holes_are_written")

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from checkpointd import tracepoint
+from checkpointd.dump import dump as dump_module
 from checkpointd.dump.dump import Dumper, DumpOptions
 from checkpointd.dump.pages import PageWorker
-from checkpointd.errors import Cancelled, CheckpointError, FrozenTooLong
+from checkpointd.errors import Cancelled, CheckpointError, FrozenTooLong, Unsupported
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE, PRIVATE_OBJECT
 from checkpointd.tracking.base import TrackingLostError
@@ -222,6 +223,27 @@ def test_failed_dump_loses_no_dirty_page(target, dumper, store, tmp_path, point)
     assert made.backend == "uffd-wp"
     assert target.memory_differs_from(store.load(made.image_id)) == []
     assert len(store.images()) == 2
+
+
+@pytest.mark.needs("uffd_wp", "holes_are_written")
+def test_dump_refused_in_the_middle_of_a_collection_loses_no_knowledge(
+    target, dumper, store, tmp_path, monkeypatch
+):
+    dumper.dump(options(tmp_path))
+    target.write(p5=77)
+    with monkeypatch.context() as patch:
+        patch.setattr(dump_module, "capture_files", _refuse)
+        with pytest.raises(Unsupported, match="staged"):
+            dumper.dump(options(tmp_path, incremental=True))
+    target.write(p9=78)
+    made = dumper.dump(options(tmp_path, incremental=True))
+    assert made.backend == "uffd-wp"
+    assert made.pages_skipped_parent > 200
+    assert target.memory_differs_from(store.load(made.image_id)) == []
+
+
+def _refuse(*_, **__):
+    raise Unsupported("staged")
 
 
 @pytest.mark.needs("uffd_wp")
