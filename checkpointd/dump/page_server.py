@@ -177,6 +177,7 @@ class PageServer:
                 taken = take_written(pagemap, ranges, has_guard_category=has_guard_category)
             finally:
                 os.close(pagemap)
+            tracepoint.hit("worker.walked")
             walked = np.array([(start, end - start) for start, end in ranges], dtype=np.uint64)
             readable = subtract_runs(taken.runs, intersect_runs(walked >> np.uint64(PAGE_SHIFT), code))
             if nr_pages_in(readable) > most:

@@ -226,6 +226,27 @@ def test_failed_dump_loses_no_dirty_page(target, dumper, store, tmp_path, point)
 
 
 @pytest.mark.needs("uffd_wp", "holes_are_written")
+def test_page_worker_killed_while_it_walks_loses_no_dirty_page(target, store, tmp_path, monkeypatch):
+    """What it had armed nobody knows any more."""
+    monkeypatch.setenv(tracepoint.ENVIRONMENT, "worker.walked@2=kill")
+    dumper = Dumper(target.pid)
+    try:
+        for value in range(2):
+            dumper.dump(options(tmp_path, incremental=True))
+            target.write(p5=value + 2)
+        with pytest.raises(CheckpointError, match="page worker ended unexpectedly"):
+            dumper.dump(options(tmp_path, incremental=True))
+        monkeypatch.delenv(tracepoint.ENVIRONMENT)
+        for value in range(2):
+            target.write(p9=value + 2)
+            made = dumper.dump(options(tmp_path, incremental=True))
+            assert made.backend == "uffd-wp"
+            assert target.memory_differs_from(store.load(made.image_id)) == []
+    finally:
+        dumper.close()
+
+
+@pytest.mark.needs("uffd_wp", "holes_are_written")
 def test_dump_refused_in_the_middle_of_a_collection_loses_no_knowledge(
     target, dumper, store, tmp_path, monkeypatch
 ):

@@ -41,7 +41,7 @@ POINTS = (
         "dump.committed",
     ),
     *("track.made", "track.taken", "track.scanned", "track.registered", "track.written"),
-    *("track.lifted", "track.armed"),
+    *("track.lifted", "track.armed", "worker.walked"),
     *("untrack.begin", "untrack.done", "freeze.seized", "freeze.all_stopped", "thaw.begin", "thaw.released"),
     *("image.begun", "image.pack_written", "image.pack_linked", "image.before_rename", "image.renamed"),
 )
