@@ -279,6 +279,7 @@ class Dumper:
         vmas = maps.settled_vmas(self.pid, work.maps_draft)
         if not vmas:
             raise TargetGone(f"process {self.pid} has no address space (it is exiting)", pid=self.pid)
+        frozen.vmas = vmas
         captured = capture_address_space(self.pid, vmas, NO_RUNS, work.huge, work.policies, work.space_draft)
         at = work.mark("maps", at)
         self._may_fork = not (is_watched(vmas) or forks_cost_pool_pages(vmas))

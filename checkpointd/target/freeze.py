@@ -28,7 +28,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -37,6 +37,7 @@ from checkpointd.errors import TargetGone, Unsupported
 from checkpointd.linux import ptrace
 from checkpointd.linux.process_vm import MemFile
 from checkpointd.linux.ptrace import RseqConfig
+from checkpointd.memory import Vma, VmaKind
 from checkpointd.procfs import maps
 from checkpointd.procfs.process import slurp
 from checkpointd.target import attachable, restartable, stopping, undertaker
@@ -89,6 +90,8 @@ class Frozen:
     frozen_at_ns: int = 0
     call_timeout_s: float = 10.0
     """How long an injected call may take; far longer than any does, even on a busy machine."""
+    vmas: Sequence[Vma] = ()
+    """Its mappings, for whoever has read them in this freeze, before any injection, to tell."""
     strayed: set[int] = field(default_factory=set)
     """Threads that an injection left somewhere on their way; the thaw lets them go home."""
     _held: dict[int, bool] = field(default_factory=dict)  # seized threads: stopped by a group stop?
@@ -191,14 +194,14 @@ class Frozen:
     def _look_for_places(self) -> list[SlotPlace]:
         regs = [thread.regs for thread in self.threads.values()]
         # the vdso nearly always has room, and finding it takes one line of maps
-        text = slurp(f"/proc/{self.pid}/maps")
-        line = _VDSO_LINE.search(text)
-        vdso = list(maps.parse_maps(line[0])) if line else []
+        vdso = [vma for vma in self.vmas if vma.kind is VmaKind.VDSO]
+        if not vdso:
+            line = _VDSO_LINE.search(slurp(f"/proc/{self.pid}/maps"))
+            vdso = list(maps.parse_maps(line[0])) if line else []
         places = find_places(self.mem, vdso, regs, None, _NR_PLACES)
         if len(places) < _NR_PLACES:
-            places = find_places(
-                self.mem, list(maps.parse_maps(text)), regs, exe_identity(self.pid), _NR_PLACES
-            )
+            vmas = list(maps.read_maps(self.pid))
+            places = find_places(self.mem, vmas, regs, exe_identity(self.pid), _NR_PLACES)
         for place in places:
             if place.stale:
                 self.force_write(place.address, bytes(SLOT_SIZE))

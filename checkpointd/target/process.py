@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import socket
 import time
@@ -416,7 +417,7 @@ def cpu_of(xstate: bytes, xstate_size_bytes: int, xcomp_permitted: int = 0) -> C
 def host(pid: int, boot_id: str) -> Host:
     """Here and now, by the clocks of the process."""
     name = os.uname()
-    offsets, ours = process.time_offsets(pid), process.time_offsets(os.getpid())
+    offsets, ours = process.time_offsets(pid), _own_time_offsets()
     return Host(
         hostname=socket.gethostname(),
         kernel=f"{name.release} {name.version}",
@@ -426,6 +427,12 @@ def host(pid: int, boot_id: str) -> Host:
         boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + offsets[1] - ours[1],
         time_offsets_ns=offsets,
     )
+
+
+@functools.cache
+def _own_time_offsets() -> tuple[int, int]:
+    """Kept: a process of several threads, as ours is, cannot change its time namespace (setns(2))."""
+    return process.time_offsets(os.getpid())
 
 
 def parse_limits(text: str) -> tuple[Limit, ...]:
