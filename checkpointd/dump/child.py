@@ -72,8 +72,8 @@ class Child:
         return self.receive(heard)
 
     def send(self, operation: str, *args: Any) -> None:
-        message = pickle.dumps((operation, args), protocol=pickle.HIGHEST_PROTOCOL)
         try:
+            message = pickle.dumps((operation, args), protocol=pickle.HIGHEST_PROTOCOL)
             if len(message) <= _FITS_BYTES:
                 self._connection.send_bytes(message)
             else:
@@ -81,7 +81,7 @@ class Child:
         except OSError as error:
             raise self._gone() from error
         except BaseException:
-            self._gone()  # nobody would take its answer
+            self.give_up()  # nobody would take its answer
             raise
 
     def _send_watched(self, message: bytes) -> None:
@@ -89,8 +89,12 @@ class Child:
         with ThreadPoolExecutor(1) as sender:
             sending = sender.submit(self._connection.send_bytes, message)
             was_stopped = False
-            while not wait([sending], _STOPPED_CHECK_S).done:
-                was_stopped = self._kill_if_stopped(was_stopped)
+            try:
+                while not wait([sending], _STOPPED_CHECK_S).done:
+                    was_stopped = self._kill_if_stopped(was_stopped)
+            except BaseException:
+                self.give_up()  # it would be waited for otherwise
+                raise
             sending.result()
 
     def receive(self, heard: Heard | None = None) -> Any:
@@ -108,7 +112,7 @@ class Child:
         except (EOFError, OSError) as error:
             raise self._gone() from error
         except BaseException:
-            self._gone()  # its answer would be taken for that to the next question
+            self.give_up()  # its answer would be taken for that to the next question
             raise
         if stopped_by is not None:
             raise stopped_by
@@ -116,6 +120,11 @@ class Child:
         if kind == "error":
             raise CheckpointError.from_dict(value)
         return value
+
+    def give_up(self) -> None:
+        """End it at once: what has been asked and answered is not certain any more."""
+        self._broken = True
+        self._process.kill()
 
     def close(self) -> None:
         """End it: the closed connection tells it to."""
@@ -127,8 +136,7 @@ class Child:
             self._process.wait()
 
     def _gone(self) -> CheckpointError:
-        self._broken = True
-        self._process.kill()
+        self.give_up()
         what, hint = self._gone_words
         return CheckpointError(what, hint=hint)
 

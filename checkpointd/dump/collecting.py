@@ -13,12 +13,12 @@ from functools import partial
 
 from kernel_shim.limits import Headroom
 
-from checkpointd.dump.division import code_of
+from checkpointd.dump.division import code_of, joined
 from checkpointd.dump.pages import PageWorker
 from checkpointd.dump.targets import written_beside
 from checkpointd.dump.work import Work
 from checkpointd.linux import pagemap_scan as ps
-from checkpointd.memory import NO_RUNS, Vma
+from checkpointd.memory import NO_RUNS, Vma, merge_runs
 from checkpointd.procfs import process
 from checkpointd.tracking.base import Collection, Ranges, Space, Taken, Tracker, Walk
 from checkpointd.tracking.uffd_wp import UffdWpTracker
@@ -67,6 +67,9 @@ def _space(tracker: Tracker, vmas: tuple[Vma, ...], work: Work, walk: Walk | Non
     pagemap = ps.open_pagemap(pid)
     try:
         suspect = written_beside(pid, vmas, kernel_workers=work.kernel_workers)
+        if len(work.early):
+            # for a tracker that was lost since, and not armed by this one: it is read once more next time
+            suspect = merge_runs(joined(suspect, work.early))
         yield Space(pid, pagemap, vmas, suspect, walk)
     finally:
         os.close(pagemap)

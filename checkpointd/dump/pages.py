@@ -12,6 +12,7 @@ How the two talk is in child.py.  Raises what the worker raised (a CheckpointErr
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from checkpointd.dump.child import Child, Heard
@@ -103,8 +104,9 @@ class PageWorker:
         """
         self._check_idle()
         self._walking = self._copying = True
-        self._child.send("walk", ranges, has_guard_category, code, most)
-        self._child.send("copy_written")
+        with self._asking():
+            self._child.send("walk", ranges, has_guard_category, code, most)
+            self._child.send("copy_written")
 
     @property
     def is_walking(self) -> bool:
@@ -127,7 +129,8 @@ class PageWorker:
         """Like `copy`, but the answer is taken by `finish_copy`, which must be the next call (or `abort`)."""
         self._check_idle()
         self._copying = True
-        self._child.send("copy", requests, True)
+        with self._asking():
+            self._child.send("copy", requests, True)
 
     def finish_copy(self, heard: Heard | None = None) -> None:
         """Return when all that `start_copy` asked for, if anything, is out of the target.
@@ -172,6 +175,15 @@ class PageWorker:
     def _ask(self, operation: str, *args: Any, heard: Heard | None = None) -> Any:
         self._check_idle()
         return self._child.ask(operation, *args, heard=heard)
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Around requests whose answers are taken later: a worker that may not have got them is ended."""
+        try:
+            yield
+        except BaseException:
+            self._child.give_up()
+            raise
 
     def _check_idle(self) -> None:
         """Two requests at once would take each other's answers: a page could be taken for read that is not."""

@@ -37,7 +37,7 @@ def identity_of(pid: int) -> process.ProcessIdentity:
 
 def parent_warnings(parent: ImageInfo, own: process.ProcessIdentity) -> list[str]:
     """What to say of a parent that was named by the user."""
-    if (parent.pid, parent.start_time) == (own.pid, own.start_time):
+    if (parent.pid, parent.start_time, parent.boot_id) == (own.pid, own.start_time, own.boot_id):
         return []
     return [
         f"the parent {parent.id[:12]} is an image of another process ({parent.pid}, {parent.comm}): what is the same "

@@ -128,7 +128,7 @@ def swapped_data(fd: int, first_page: int, nr_pages: int, *, file_backed: bool) 
 
     Only a word that shows a marker makes one.  A page that the kernel was moving when it was scanned (compaction,
     splitting of a huge page: a migration entry reads SWAPPED too) may be present again: it holds data.
-    Without CAP_SYS_ADMIN the type is hidden and every one is called data: reading it is safe, only larger.
+    Without CAP_SYS_ADMIN the type is hidden, and every one but a guard is called data: reading it is safe, only larger.
 
     Args:
         file_backed: the VMA is a private mapping of a file, whose own pages are no data.

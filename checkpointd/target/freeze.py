@@ -193,7 +193,7 @@ class Frozen:
 
     def _look_for_places(self) -> list[SlotPlace]:
         regs = [thread.regs for thread in self.threads.values()]
-        # the vdso nearly always has room, and finding it takes one line of maps
+        # the vdso nearly always has room
         vdso = [vma for vma in self.vmas if vma.kind is VmaKind.VDSO]
         if not vdso:
             line = _VDSO_LINE.search(slurp(f"/proc/{self.pid}/maps"))

@@ -242,6 +242,7 @@ def test_guard_pages_that_were_written_before_hold_nothing(
     tracker.collect(area.space())
     tracker.commit()
     area.guard(5)
+    assert ps.swapped_data(area.pagemap, (area.start >> 12) + 5, 1, file_backed=False).tolist() == [False]
     area.bytes[8 * PAGE_SIZE] = 2
     for _ in range(2):
         found = tracker.collect(area.space())

@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from checkpointd.dump.pages import PageWorker
 from checkpointd.errors import Cancelled, CheckpointError, FrozenTooLong, Unsupported
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE, PRIVATE_OBJECT
+from checkpointd.tracking import uffd_wp
 from checkpointd.tracking.base import TrackingLostError
 
 SOURCE = """
@@ -263,20 +265,64 @@ def test_dump_refused_in_the_middle_of_a_collection_loses_no_knowledge(
     assert target.memory_differs_from(store.load(made.image_id)) == []
 
 
+@pytest.mark.needs("uffd_wp", "holes_are_written")
+@pytest.mark.parametrize("what", ["walk", "copy_written", "copy"])
+def test_request_that_cannot_be_made_holds_nobody(target, dumper, store, tmp_path, monkeypatch, what):
+    """Its answer would never come."""
+    dumper.dump(options(tmp_path))
+    target.write(p5=77)
+    dumps = pickle.dumps
+
+    def failing(message, **kwargs):
+        if message[0] == what:
+            raise MemoryError
+        return dumps(message, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pickle, "dumps", failing)
+        with pytest.raises(MemoryError):
+            dumper.dump(options(tmp_path, incremental=True))
+    made = dumper.dump(options(tmp_path, incremental=True))
+    assert target.memory_differs_from(store.load(made.image_id)) == []
+
+
+@pytest.mark.needs("uffd_wp", "holes_are_written")
+def test_freeze_longer_than_allowed_when_the_walk_has_begun_loses_no_knowledge(
+    target, dumper, store, tmp_path
+):
+    dumper.dump(options(tmp_path))
+    target.write(p5=77)
+    with pytest.raises(FrozenTooLong):
+        dumper.dump(options(tmp_path, incremental=True, max_frozen_us=1))
+    made = dumper.dump(options(tmp_path, incremental=True))
+    assert made.backend == "uffd-wp"
+    assert made.pages_skipped_parent > 200
+    assert target.memory_differs_from(store.load(made.image_id)) == []
+
+
 def _refuse(*_, **__):
     raise Unsupported("staged")
 
 
 @pytest.mark.needs("uffd_wp")
-@pytest.mark.parametrize("point", ["track.scanned", "track.armed"])
-def test_tracking_lost_in_the_middle_of_a_collection_is_made_anew(target, dumper, store, tmp_path, point):
-    def lose(_):
+@pytest.mark.parametrize("point", ["track.scanned", "track.armed", "the second walk"])
+def test_tracking_lost_in_the_middle_of_a_collection_is_made_anew(
+    target, dumper, store, tmp_path, monkeypatch, point
+):
+    def lose(*_, **__):
         raise TrackingLostError("staged")
 
     dumper.dump(options(tmp_path))
     target.write(p5=77, p6=78)
-    tracepoint.register(point, lose, at=1)
-    made = dumper.dump(options(tmp_path, incremental=True))
+    with monkeypatch.context() as patch:
+        if point == "the second walk":
+            look_again, results = uffd_wp.look_again, [lose]
+            patch.setattr(
+                uffd_wp, "look_again", lambda *a, **k: (results.pop() if results else look_again)(*a, **k)
+            )
+        else:
+            tracepoint.register(point, lose, at=1)
+        made = dumper.dump(options(tmp_path, incremental=True))
     assert [one for one in made.warnings if "dirty tracking was lost (staged)" in one]
     assert made.backend == "content"
     for value in (2, 3):
