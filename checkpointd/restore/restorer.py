@@ -433,6 +433,7 @@ class _Restorer:
                 hint="restore on a machine with the same kind of CPU",
                 blockers=found,
             )
+        thread_steps.check_components(self.process)
         self.local_xstate_bytes = len(local_xstate)
 
     def _make_huge(self, stub: Stub) -> None:

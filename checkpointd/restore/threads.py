@@ -170,6 +170,19 @@ def xstate_features(thread: ThreadState) -> int:
     return int.from_bytes(thread.xstate[_XSTATE_BV_AT : _XSTATE_BV_AT + 8].ljust(8, b"\0"), "little")
 
 
+def check_components(state: ProcessState) -> None:
+    """Before anything is made: registers of components that are not there would be asked for by instructions.
+
+    Raises:
+        ImageDamaged: a thread has registers that its CPU did not have.
+    """
+    for thread in state.threads:
+        if beyond := xstate_features(thread) & ~state.cpu.xfeatures:
+            raise ImageDamaged(
+                f"thread {thread.tid}: its extended registers are of components ({beyond:#x}) that its CPU did not have"
+            )
+
+
 def checked_xstate(thread: ThreadState, local_size_bytes: int) -> bytes:
     """The extended registers as this machine takes them.
 

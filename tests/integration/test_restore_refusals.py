@@ -129,10 +129,15 @@ def test_a_cpu_with_less_is_refused(killed: Captured) -> None:
     wait_gone(killed.state.process.pid)
 
 
-def test_damaged_registers_leave_nothing(killed: Captured) -> None:
+@pytest.mark.parametrize(
+    ("at", "words"), [(512, "components .* that its CPU did not have"), (520, "are malformed")]
+)
+def test_damaged_registers_leave_nothing(killed: Captured, at: int, words: str) -> None:
+    """Of what components they are (AMX, where there is none), and how they are laid out."""
     leader, *others = killed.state.process.threads
-    bad = dataclasses.replace(leader, xstate=leader.xstate[:520] + b"\xff" * 8 + leader.xstate[528:])
-    with pytest.raises(ImageDamaged):
+    xstate = leader.xstate.ljust(576, b"\0")
+    bad = dataclasses.replace(leader, xstate=xstate[:at] + b"\xff" * 8 + xstate[at + 8 :])
+    with pytest.raises(ImageDamaged, match=words):
         restore(killed.changed(threads=(bad, *others)))
     wait_gone(killed.state.process.pid)
 

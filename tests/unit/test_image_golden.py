@@ -61,7 +61,8 @@ def truth_with_deltas(generation):
 
 def unpacked(name, directory):
     with tarfile.open(DATA / f"{name}.tar.gz") as archive:
-        archive.extractall(directory, filter="tar")
+        archive.extraction_filter = getattr(tarfile, "tar_filter", None)  # there since 3.11.4
+        archive.extractall(directory)
     return directory / name
 
 
