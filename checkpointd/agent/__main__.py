@@ -283,6 +283,7 @@ def main() -> None:
     fd = parser.parse_args().fd
     # Ctrl-C in the user's terminal is the service's to handle: it cancels in order
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))  # target/rendezvous.py waits for it
     Agent(Channel(socket.socket(fileno=fd))).run()
 
 

@@ -6,6 +6,9 @@ it and is shown to the tracer; without a tracer the kernel drops it.  Other stop
 SIGSTOP) are passed on.  No wait is without end: a thread that is late is stopped wherever it is, and the call it
 sleeps in fails with EINTR (`CallTimeoutError`).  Signal stops are only looked at, never taken: see `ptrace.peek_wait`.
 
+The kernel tells a tracer of a stop by SIGCHLD.  Where that is blocked, in all threads as agents have it, it is waited
+for: our CPU is free for the thread that we wait for, and we are back at once.  Elsewhere we look again and again.
+
 Source: Linux kernel/signal.c (sig_ignored, ptrace_signal), facts measured on 6.18.
 """
 
@@ -32,6 +35,7 @@ _UNFIT = frozenset(
 _NR_SPINS, _NR_SHORT = 20, 300
 _SHORT_S, _LONG_S = 0.00005, 0.001
 _STOP_TIMEOUT_S = 1.0
+_STOPS = (signal.SIGCHLD,)
 
 
 class CallTimeoutError(Exception):
@@ -77,6 +81,7 @@ def choose_signal(status: Mapping[str, str], sigmask: int, *, is_go: Callable[[]
 def _wait(pid: int, tid: int, deadline: float) -> ptrace.WaitStatus | None:
     """The next stop, left unreported; None when the deadline has passed."""
     nr_idle = 0
+    hears = signal.SIGCHLD in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     while True:
         try:
             status = ptrace.peek_wait(tid, block=False)
@@ -86,9 +91,14 @@ def _wait(pid: int, tid: int, deadline: float) -> ptrace.WaitStatus | None:
             if status.exited:
                 raise gone(pid)
             return status
+        nr_idle += 1
+        if hears:
+            if time.monotonic() >= deadline:
+                return None
+            signal.sigtimedwait(_STOPS, _LONG_S)  # not longer: it may have come before, for another stop
+            continue
         # Most calls take microseconds: a sleep would cost more than all of them.  But a thread on the CPU of a tracer
         # that goes ahead of it (dump/priority.py) runs only once that sleeps.
-        nr_idle += 1
         if nr_idle < _NR_SPINS:
             os.sched_yield()
         elif time.monotonic() < deadline:

@@ -92,6 +92,32 @@ def test_calls_and_results(programs, start, program):
     target.judge()
 
 
+def test_stops_are_heard_where_their_signal_is_blocked(start, monkeypatch):
+    """As in an agent; whoever has not blocked it looks again and again."""
+    target = start("nanosleep")
+    heard = []
+    sigtimedwait = signal.sigtimedwait
+
+    def counted(*args):
+        heard.append(sigtimedwait(*args))
+        return heard[-1]
+
+    monkeypatch.setattr(signal, "sigtimedwait", counted)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
+    try:
+        with freeze(target.pid) as frozen, frozen.inject() as remote:
+            for _ in range(20):
+                assert remote.call(NR_GETPID) == target.pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert any(found is not None for found in heard)
+    heard.clear()
+    with freeze(target.pid) as frozen, frozen.inject() as remote:
+        assert remote.call(NR_GETPID) == target.pid
+    assert heard == []
+    target.judge()
+
+
 def test_results_across_a_split_batch(start):
     """More calls than a table holds: a result of the first part is used in a later one, and undone."""
     target = start("nanosleep")

@@ -86,7 +86,14 @@ def program(tmp_path):
     made.end()
 
 
+def blocked_signals(pid):
+    """Of every thread; those that make a restored process have blocked some themselves."""
+    found = [Path(f"/proc/{pid}/task/{tid}/status").read_text() for tid in os.listdir(f"/proc/{pid}/task")]
+    return [line for text in found for line in text.splitlines() if line.startswith("SigBlk")]
+
+
 def test_any_generation_comes_back_and_the_chain_goes_on(run_checkpoint, program):
+    mask = blocked_signals(program.pid)
     _, first = run_checkpoint("dump", "-p", str(program.pid))
     assert first["incremental"] is False
     program.wait_for_steps(5)
@@ -101,6 +108,7 @@ def test_any_generation_comes_back_and_the_chain_goes_on(run_checkpoint, program
 
     _, restored = run_checkpoint("restore", third["image_id"])
     assert restored["pid"] == program.pid
+    assert blocked_signals(program.pid) == mask
     program.wait_for_steps(5)
     _, fourth = run_checkpoint("dump", "--incremental", "-p", str(program.pid))
     assert fourth["incremental"] is True
