@@ -24,7 +24,7 @@ from dataclasses import replace
 
 from checkpointd import features, tracepoint
 from checkpointd.dump import collecting
-from checkpointd.dump.child import Heard
+from checkpointd.dump.deleted_files import read_deleted_files
 from checkpointd.dump.division import (
     CopyLacksPagesError,
     check_complete,
@@ -38,7 +38,6 @@ from checkpointd.dump.division import (
 )
 from checkpointd.dump.limits import NO_BOUND, Limits, Report
 from checkpointd.dump.options import DumpOptions
-from checkpointd.dump.page_reading import CopyRequest
 from checkpointd.dump.pages import PageWorker
 from checkpointd.dump.priority import AheadOfOthers
 from checkpointd.dump.targets import (
@@ -61,7 +60,6 @@ from checkpointd.errors import (
 from checkpointd.image.info import MAX_CMDLINE
 from checkpointd.linux import pagemap_scan as ps
 from checkpointd.memory import (
-    FILE_CONTENT_OBJECTS,
     NO_RUNS,
     PAGE_SIZE,
     PRIVATE_OBJECT,
@@ -75,8 +73,7 @@ from checkpointd.state import codec
 from checkpointd.state.process import ImageState
 from checkpointd.stats import DumpStats
 from checkpointd.target.attachable import check_attachable, gone, lives
-from checkpointd.target.extents import all_data_extents
-from checkpointd.target.files import CapturedFiles, capture_files, prepare_files
+from checkpointd.target.files import capture_files, prepare_files
 from checkpointd.target.fork import ForkedCopy, reap_strays
 from checkpointd.target.freeze import Frozen, freeze
 from checkpointd.target.inject import Injection
@@ -345,7 +342,7 @@ class Dumper:
             self._worker.read_and_encode(stopped, heard)
         elif any(len(request.runs) for request in stopped):
             self._worker.copy(stopped, heard)
-        self._read_deleted_files(files, heard)
+        read_deleted_files(self._worker, self.pid, files, heard)
         work.mark("copying", at)
         tracepoint.hit("dump.copied")
         # threads cannot have moved, but a SIGKILL from outside empties the address space under us
@@ -367,22 +364,6 @@ class Dumper:
             self._forks = False
         else:
             work.stats.read_mode = "fork"
-
-    def _read_deleted_files(self, files: CapturedFiles, heard: Heard) -> None:
-        """Content of open deleted files that is too large for the state, read before anybody can change it."""
-        extras = files.extra_objects
-        paths = [f"/proc/{os.getpid()}/fd/{extra.fd}" for extra in extras]
-        try:
-            held = all_data_extents([(path, one.size_bytes) for path, one in zip(paths, extras, strict=True)])
-            requests = [
-                CopyRequest(self.pid, FILE_CONTENT_OBJECTS + one.description, runs, source=path)
-                for path, one, runs in zip(paths, extras, held, strict=True)
-            ]
-            if requests:
-                self._worker.copy(requests, heard)
-        finally:
-            for extra in files.extra_objects:
-                extra.close()
 
     def _collect_injected(
         self,

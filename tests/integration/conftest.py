@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Python program to be restored, for the tests of what a restore does to whole programs."""
+"""Python programs: one to be restored, and one that writes pages, with its dumper and store."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from checkpointd import tracepoint
+from checkpointd.dump.dump import Dumper
+from checkpointd.image.store import Store
+from tests.programs.page_program import Target
 from tests.programs.python_program import Program
 from tests.programs.restore_harness import Captured, capture
 
@@ -26,3 +30,24 @@ def killed(program: Program) -> Captured:
     captured = capture(program.pid, kill=True)
     program.kill()
     return captured
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    made = Target()
+    yield made
+    made.process.kill()
+    made.process.wait()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(tmp_path / "store", create=True)
+
+
+@pytest.fixture
+def dumper(target: Target) -> Iterator[Dumper]:
+    made = Dumper(target.pid)
+    yield made
+    tracepoint.clear()
+    made.close()
