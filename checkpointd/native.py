@@ -16,7 +16,7 @@ import mmap
 import os
 
 MAX_ARGS = 6
-_MASK = (1 << 64) - 1
+_PADDING = tuple((0,) * (MAX_ARGS - nr) for nr in range(MAX_ARGS + 1))
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -35,4 +35,5 @@ class NativeFunction:
         self._function = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_ulong] * MAX_ARGS)(address)
 
     def __call__(self, *args: int) -> int:
-        return int(self._function(*(arg & _MASK for arg in args), *(0,) * (MAX_ARGS - len(args))))
+        # c_ulong takes the low 64 bits of any number
+        return int(self._function(*args, *_PADDING[len(args)]))

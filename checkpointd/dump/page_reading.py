@@ -9,10 +9,11 @@ Raises TargetGone when the process ends meanwhile, CheckpointError when a page c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -92,21 +93,50 @@ def pieces(runs: Runs, nr_pages: int) -> Iterator[Runs]:
         start = stop
 
 
-def read(request: CopyRequest, runs: Runs, buffer: Bytes, offset: int) -> None:
-    size = nr_pages_in(runs) * PAGE_SIZE
-    into = buffer[offset : offset + size]
+def rows_of(runs: Runs, start: int, end: int) -> Runs:
+    """The pages from one row to another, where `runs` are written out a page a row."""
+    if len(runs) == 1:  # most are long
+        return np.array([[int(runs[0, 0]) + start, end - start]], dtype=np.uint64)
+    ends = np.cumsum(runs[:, 1].astype(np.int64))
+    first = int(np.searchsorted(ends, start, side="right"))
+    last = int(np.searchsorted(ends, end, side="left"))
+    part: Runs = runs[first : last + 1].copy()
+    part[-1, 1] -= np.uint64(int(ends[last]) - end)
+    skipped = np.uint64(start - (int(ends[first - 1]) if first else 0))
+    part[0, 0] += skipped
+    part[0, 1] -= skipped
+    return part
+
+
+@contextlib.contextmanager
+def reading(request: CopyRequest) -> Iterator[Callable[[Runs, Bytes], None]]:
+    """What reads some pages of the request, written one after the other into memory of exactly their size."""
+    pid, path = request.pid, request.source
+    if not path and request.through_mem:
+        path = f"/proc/{pid}/mem"
     try:
-        if request.source:
-            _read_file(request.source, runs, into, request.shift)
-        elif request.through_mem:
-            _read_file(f"/proc/{request.pid}/mem", runs, into)
-        elif not (request.alone and _read_quickly(request.pid, runs, into)):
-            _read_target(request.pid, runs, into)
+        if path:
+            with _opened(path) as fd:
+                yield lambda runs, into: _read_open(fd, path, runs, into, request.shift)
+        else:
+            yield lambda runs, into: _read_target(pid, runs, into, alone=request.alone)
     except ProcessLookupError as error:
-        raise TargetGone(f"process {request.pid} ended while its memory was read", pid=request.pid) from error
+        raise TargetGone(f"process {pid} ended while its memory was read", pid=pid) from error
 
 
-def _read_target(pid: int, runs: Runs, into: Bytes) -> None:
+def read(request: CopyRequest, runs: Runs, buffer: Bytes, offset: int) -> None:
+    """Read pages of the request to `offset` of the buffer."""
+    with reading(request) as some:
+        some(runs, buffer[offset : offset + nr_pages_in(runs) * PAGE_SIZE])
+
+
+def _read_target(pid: int, runs: Runs, into: Bytes, *, alone: bool) -> None:
+    if not (alone and _read_quickly(pid, runs, into)):
+        _read_looking(pid, runs, into)
+
+
+def _read_looking(pid: int, runs: Runs, into: Bytes) -> None:
+    """Each page by the way that is right for it."""
     alone = mapped_by_nobody_else(pid, runs)
     edges = [0, *(np.flatnonzero(np.diff(alone)) + 1).tolist(), len(runs)]
     at = 0
@@ -115,7 +145,9 @@ def _read_target(pid: int, runs: Runs, into: Bytes) -> None:
         size = nr_pages_in(part) * PAGE_SIZE
         room = into[at : at + size]
         if not (alone[first] and _read_quickly(pid, part, room)):
-            _read_file(f"/proc/{pid}/mem", part, room)
+            path = f"/proc/{pid}/mem"
+            with _opened(path) as fd:
+                _read_open(fd, path, part, room, 0)
         at += size
 
 
@@ -129,34 +161,39 @@ def _read_quickly(pid: int, runs: Runs, into: Bytes) -> bool:
         raise
 
 
-def _read_file(path: str, runs: Runs, into: Bytes, shift: int = 0) -> None:
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        view, at = memoryview(into.data), 0
-        is_mem = path.endswith("/mem")
-        for first, nr in runs.tolist():
-            size = nr * PAGE_SIZE
-            done = 0
-            while done < size:
-                where = (first + shift << PAGE_SHIFT) + done
-                try:
-                    got = os.preadv(fd, [view[at + done : at + size]], where)
-                except OSError as error:
-                    if shift and error.errno == errno.EIO:
-                        # a relative that runs has just cut the object that is mapped there
-                        into[at + done : at + size] = 0
-                        break
-                    raise CheckpointError(
-                        f"{path} cannot be read at {where:#x} ({error.strerror}); nothing was saved",
-                        hint="the target runs on; `checkpoint check -p PID` may know why",
-                    ) from error
-                if got == 0:
-                    if is_mem:
-                        raise ProcessLookupError(errno.ESRCH, path)
-                    # the tail of a shared object's last page lies behind its end
-                    into[at + done : at + size] = 0
-                    break
-                done += got
-            at += size
+        yield fd
     finally:
         os.close(fd)
+
+
+def _read_open(fd: int, path: str, runs: Runs, into: Bytes, shift: int) -> None:
+    view, at = memoryview(into.data), 0
+    is_mem = path.endswith("/mem")
+    for first, nr in runs.tolist():
+        size = nr * PAGE_SIZE
+        done = 0
+        while done < size:
+            where = (first + shift << PAGE_SHIFT) + done
+            try:
+                got = os.preadv(fd, [view[at + done : at + size]], where)
+            except OSError as error:
+                if shift and error.errno == errno.EIO:
+                    # a relative that runs has just cut the object that is mapped there
+                    into[at + done : at + size] = 0
+                    break
+                raise CheckpointError(
+                    f"{path} cannot be read at {where:#x} ({error.strerror}); nothing was saved",
+                    hint="the target runs on; `checkpoint check -p PID` may know why",
+                ) from error
+            if got == 0:
+                if is_mem:
+                    raise ProcessLookupError(errno.ESRCH, path)
+                # the tail of a shared object's last page lies behind its end
+                into[at + done : at + size] = 0
+                break
+            done += got
+        at += size

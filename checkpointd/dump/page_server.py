@@ -3,7 +3,7 @@
 
 Memory: the buffer takes at most `MAX_BUFFER_BYTES`, and a quarter of what was free when the worker first needed
 it; what a stopped target has beyond that is encoded as it is read, before the thaw.  Between dumps no more than
-`KEPT_BYTES` of it are held.  Beside it: `NR_THREADS` pieces of 4 MiB, with deltas 8 MiB more for each, and the index
+`KEPT_BYTES` of it are held.  Beside it: `NR_THREADS` blocks of 1 MiB, with deltas 8 MiB more for each, and the index
 of the image being built.
 
 The agent going away is end of file: an image not committed is aborted, what a killed agent's forked copy left with
@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -34,10 +34,11 @@ import numpy as np
 from checkpointd import tracepoint
 from checkpointd.dump.division import private_requests
 from checkpointd.dump.page_buffer import NR_THREADS, PageBuffer
-from checkpointd.dump.page_reading import CopyRequest, cut, pieces, read
+from checkpointd.dump.page_reading import Bytes, CopyRequest, cut, pieces, read, reading, rows_of
 from checkpointd.dump.targets import KnownAlone
 from checkpointd.errors import Cancelled, CheckpointError, TargetGone
 from checkpointd.image.builder import ImageBuilder
+from checkpointd.image.format import BLOCK_PAGES
 from checkpointd.image.info import ImageInfo
 from checkpointd.image.reader import Image
 from checkpointd.image.store import Store
@@ -68,7 +69,12 @@ _PIECE_PAGES = 2048  # 8 MiB: what one thread reads at a time
 _ONE_THREAD_PAGES = 3072  # 12 MiB: some 5 ms, for which the agent is busy all the same
 _AT_ONCE_PAGES = 64  # to hand them over would take longer
 _ENCODE_PAGES = 1024
-_PROGRESS_INTERVAL_S = 0.02
+_READ_AND_ENCODE_PAGES = 4096
+_LOOK_INTERVAL_S = (
+    0.02  # also how often it is told while a target stands still: what that may take has a limit
+)
+# Whoever hears of it takes a CPU from the work: the agent, the service, the command.
+_TELL_INTERVAL_S = 0.1
 
 
 class PageServer:
@@ -142,7 +148,7 @@ class PageServer:
         if wanted > free:
             requests, beyond = cut(requests, free)
             # the target stands still: no time to read the parent's pages
-            self._read_and_encode(beyond, delta=False)
+            self._read_and_encode(beyond, delta=False, tell_interval_s=_LOOK_INTERVAL_S)
         buffer.touch(self._used + min(wanted, free) * PAGE_SIZE, self._pool)
         jobs: list[tuple[CopyRequest, Runs, int]] = []
         at_once = wanted <= (_ONE_THREAD_PAGES if beside else _AT_ONCE_PAGES)
@@ -209,27 +215,36 @@ class PageServer:
             size = nr_pages_in(job[1]) * PAGE_SIZE
             builder.add_pages(job[0], pages_of(job[1]), buffer.bytes[job[2] : job[2] + size])
 
-        self._each(add, jobs, _pages_of_job)
+        self._each(add, jobs, _pages_of_job, _TELL_INTERVAL_S)
         self._empty()
 
     def read_and_encode(self, requests: list[CopyRequest]) -> None:
-        self._read_and_encode(requests, delta=True)
+        self._read_and_encode(requests, delta=True, tell_interval_s=_TELL_INTERVAL_S)
 
-    def _read_and_encode(self, requests: list[CopyRequest], *, delta: bool) -> None:
+    def _read_and_encode(self, requests: list[CopyRequest], *, delta: bool, tell_interval_s: float) -> None:
         builder = self._need()
-        jobs = [(request, piece) for request in requests for piece in pieces(request.runs, _ENCODE_PAGES)]
+        wanted = sum(nr_pages_in(request.runs) for request in requests)
+        piece_pages = min(_READ_AND_ENCODE_PAGES, max(BLOCK_PAGES, -(-wanted // (2 * NR_THREADS))))
+        jobs = [(request, piece) for request in requests for piece in pieces(request.runs, piece_pages)]
 
         def work(job: tuple[CopyRequest, Runs]) -> None:
             request, piece = job
             # one buffer a thread: a new one each time would be touched anew page by page
             if not hasattr(local, "buffer"):
-                local.buffer = np.empty(_ENCODE_PAGES * PAGE_SIZE, dtype=np.uint8)
-            size = nr_pages_in(piece) * PAGE_SIZE
-            read(request, piece, local.buffer, 0)
-            builder.add_pages(request.obj, pages_of(piece), local.buffer[:size], delta=delta)
+                local.buffer = np.empty((BLOCK_PAGES, PAGE_SIZE), dtype=np.uint8)
+            room: Bytes = local.buffer
+
+            with reading(request) as read_some:
+
+                def block(start: int, end: int) -> Bytes:
+                    into = room[: end - start]
+                    read_some(rows_of(piece, start, end), into.reshape(-1))
+                    return into
+
+                builder.add_read(request.obj, pages_of(piece), block, delta=delta)
 
         local = threading.local()
-        self._each(work, jobs, _pages_of_job)
+        self._each(work, jobs, _pages_of_job, tell_interval_s)
 
     def commit(self, meta: dict[str, Any], state: bytes) -> dict[str, Any]:
         builder = self._need()
@@ -304,6 +319,7 @@ class PageServer:
         work: Callable[[Any], None],
         jobs: list[Any],
         size: Callable[[Any], int],
+        tell_interval_s: float = _LOOK_INTERVAL_S,
     ) -> None:
         """Do the jobs, telling how far they are; none is under way any more when this returns or raises.
 
@@ -313,17 +329,33 @@ class PageServer:
         if len(jobs) == 1:
             work(jobs[0])
             return
-        futures = {self._pool.submit(work, job): size(job) for job in jobs}
-        done, total, told_at = 0, sum(futures.values()), time.monotonic()
+        left, lock = iter(jobs), threading.Lock()
+        total, done, told, given_up = sum(map(size, jobs)), 0, 0, False
+        tell_at = time.monotonic() + tell_interval_s
+
+        def take() -> None:
+            # one after the other by itself: a third thread that hands them out would wake for each of them
+            nonlocal done, given_up
+            try:
+                while not given_up:
+                    with lock:
+                        job = next(left, None)
+                    if job is None:
+                        return
+                    work(job)
+                    with lock:
+                        done += size(job)
+                    tracepoint.hit("worker.piece_done")
+            except BaseException:
+                given_up = True
+                raise
+
+        taking = [self._pool.submit(take) for _ in range(NR_THREADS)]
         try:
-            for future in as_completed(futures):
-                future.result()
-                done += futures[future]
-                tracepoint.hit("worker.piece_done")
-                now = time.monotonic()
-                if now - told_at >= _PROGRESS_INTERVAL_S:
-                    told_at = now
-                    self._connection.send(("progress", (done, total)))
+            while wait(taking, _LOOK_INTERVAL_S).not_done:
+                if done > told and time.monotonic() >= tell_at:
+                    told, tell_at = done, time.monotonic() + tell_interval_s
+                    self._connection.send(("progress", (told, total)))
                 if self._connection.poll():
                     operation, _ = self._connection.recv()
                     if operation != "stop":
@@ -331,13 +363,13 @@ class PageServer:
                             f"the agent asked for {operation} in the middle of another request"
                         )
                     raise Cancelled("the agent stopped it")
-        except Exception as first:
-            for future in futures:
-                future.cancel()
-            wait(futures)  # what still runs writes into the buffer
-            # one that met a builder another one had broken may come first: the cause is what the user needs
-            found = [f.exception() for f in futures if not f.cancelled()]
-            raise next((e for e in found if isinstance(e, CheckpointError)), first) from None
+        finally:
+            given_up = True
+            wait(taking)  # what still runs writes into the buffer
+        # one that met a builder another one had broken may come first: the cause is what the user needs
+        found = [error for one in taking if (error := one.exception()) is not None]
+        if found:
+            raise next((error for error in found if isinstance(error, CheckpointError)), found[0])
 
 
 def _pages_of_job(job: tuple[Any, ...]) -> int:

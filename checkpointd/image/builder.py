@@ -11,8 +11,8 @@ packs written -> packs linked into packs/ -> image file written in tmp/ -> renam
 A builder that is killed leaves its directory in tmp/; the next `begin` or `prune` sees that its lock is free and
 removes it with the packs nobody refers to.
 
-Threads: `add_pages` and `inherit` may be called from several threads at once; `commit` and `abort` from one,
-after the others returned.  The data given to `add_pages` must not change until it returns.
+Threads: `add_pages`, `add_read` and `inherit` may be called from several threads at once; `commit` and `abort` from
+one, after the others returned.  The data given to `add_pages` must not change until it returns.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from checkpointd import tracepoint
+from checkpointd.errors import CheckpointError
 from checkpointd.image import files, imagefile
 from checkpointd.image.columns import NOTHING, Columns, checked_pages, locations_of, merge, renumbered
 from checkpointd.image.consolidate import ConsolidationPolicy, consolidate
@@ -56,6 +57,9 @@ T = TypeVar("T")
 _MISSING = np.uint64(MISSING_LOCATION)
 _SEGMENT_PAGES = 4 * BLOCK_PAGES  # what one pool thread takes at a time
 _SPLIT_PAGES = 2 * _SEGMENT_PAGES  # a call with fewer pages is done on the calling thread
+
+ReadPages = Callable[[int, int], Bytes]
+"""The contents, (n, 4096), of the pages from one row to another; they hold until it is called again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,19 +157,47 @@ class ImageBuilder:
             raise ValueError(f"{flat.nbytes} bytes of data for {len(pages)} pages")
         contents = flat.reshape(-1, PAGE_SIZE)
         if len(pages) < _SPLIT_PAGES or self._nr_threads == 1:
-            counts = self._guarded(self._add, obj, pages, contents, delta)
-        else:
-            spans = [slice(at, at + _SEGMENT_PAGES) for at in range(0, len(pages), _SEGMENT_PAGES)]
-            futures = [
-                self._workers().submit(self._guarded, self._add, obj, pages[span], contents[span], delta)
-                for span in spans
-            ]
-            results = [future.exception() or future.result() for future in futures]  # let all of them end
-            counts = PageCounts()
-            for result in results:
-                if isinstance(result, BaseException):
-                    raise result
-                counts += result
+            return self._counted(self._guarded(self._add, obj, pages, _rows_of(contents), delta))
+        spans = [slice(at, at + _SEGMENT_PAGES) for at in range(0, len(pages), _SEGMENT_PAGES)]
+        futures = [
+            self._workers().submit(self._guarded, self._add, obj, pages[s], _rows_of(contents[s]), delta)
+            for s in spans
+        ]
+        results = [future.exception() or future.result() for future in futures]  # let all of them end
+        counts = PageCounts()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            counts += result
+        return self._counted(counts)
+
+    def add_read(self, obj: int, pages: PageNumbers, read: ReadPages, *, delta: bool = True) -> PageCounts:
+        """As `add_pages`, with contents that are read a block at a time, so that the cache still holds what is hashed.
+
+        Args:
+            read: called on this thread, for one block after the other.
+
+        Raises:
+            What `read` and `add_pages` raise.
+        """
+        self._check_open()
+        failed: list[OSError] = []
+
+        def read_some(start: int, end: int) -> Bytes:
+            try:
+                return read(start, end)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+        try:
+            return self._counted(self._guarded(self._add, obj, checked_pages(obj, pages), read_some, delta))
+        except CheckpointError:
+            if failed:  # no error of the store's
+                raise failed[0] from None
+            raise
+
+    def _counted(self, counts: PageCounts) -> PageCounts:
         with self._mutex:
             self._counts += counts
         return counts
@@ -192,7 +224,7 @@ class ImageBuilder:
         """
         self._check_open()
         pages = checked_pages(obj, pages)
-        places = self._parent_places(obj, pages)
+        places = self._parent_places(obj, pages) or nowhere(len(pages))
         missing = places.locations == _MISSING
         if missing.any():
             parent = f"parent {self._parent.id[:12]}" if self._parent else "no parent"
@@ -232,8 +264,8 @@ class ImageBuilder:
 
     # -- pages ------------------------------------------------------------------------------------------------
 
-    def _add(self, obj: int, pages: PageNumbers, contents: Bytes, delta: bool) -> PageCounts:
-        counts = PageCounts()
+    def _add(self, obj: int, pages: PageNumbers, read: ReadPages, delta: bool) -> PageCounts:
+        nr_zero = nr_same = nr_written = nr_deltas = 0
         locations = np.full(len(pages), NOTHING, dtype=np.uint64)
         places = Places(locations, no_bases(len(pages)))
         parents = self._parent_places(obj, pages)
@@ -241,42 +273,45 @@ class ImageBuilder:
         with self._writers.take() as (number, writer):
             # Block by block, so that a page is hashed, compressed and written while the cache holds it.
             for at in range(0, len(pages), BLOCK_PAGES):
-                span = slice(at, at + BLOCK_PAGES)
-                chunk = contents[span]
+                end = min(at + BLOCK_PAGES, len(pages))
+                span = slice(at, end)
+                chunk = read(at, end)
                 digests = digest_pages(chunk, self._seed)
-                zero = zero_pages(chunk, digests, self._zero)
-                same = self._same(parents[span], digests, chunk)
-                same &= ~zero
-                for column, theirs in (
-                    (places.locations, parents.locations),
-                    (places.bases, parents.bases),
-                ):
-                    column[span][same] = theirs[span][same]
-                gone = zero | same
-                nr_written = len(chunk) - int(np.count_nonzero(gone))
-                nr_delta = 0
-                if nr_written and chooser is not None:
+                gone = zero_pages(chunk, digests, self._zero)
+                nr_gone = int(np.count_nonzero(gone))
+                nr_zero += nr_gone
+                if parents is not None:
+                    same = self._same(parents[span], digests, chunk)
+                    same &= ~gone
+                    for column, theirs in (
+                        (places.locations, parents.locations),
+                        (places.bases, parents.bases),
+                    ):
+                        column[span][same] = theirs[span][same]
+                    gone |= same
+                    nr_same -= nr_gone
+                    nr_gone = int(np.count_nonzero(gone))
+                    nr_same += nr_gone
+                nr_written += len(chunk) - nr_gone
+                if parents is not None and chooser is not None and nr_gone < len(chunk):
                     left = np.flatnonzero(~gone)
                     made = self._add_deltas(number, writer, chooser, chunk, digests, left, parents[span])
-                    nr_delta = len(made.rows)
+                    nr_deltas += len(made.rows)
+                    nr_gone += len(made.rows)
                     locations[span][made.rows], places.bases[span][made.rows] = made.locations, made.bases
                     gone[made.rows] = True
-                counts += PageCounts(
-                    int(np.count_nonzero(zero)), int(np.count_nonzero(same)), nr_written, nr_delta
-                )
-                nr_plain = nr_written - nr_delta
-                if nr_plain == 0:
+                if nr_gone == len(chunk):
                     continue
-                if nr_plain == len(chunk):
+                if nr_gone == 0:
                     first = writer.append(chunk, digests)
-                    locations[span] = locations_of(number, first, nr_plain)
+                    locations[span] = locations_of(number, first, len(chunk))
                 else:
                     keep = np.flatnonzero(~gone)
                     first = writer.append(chunk, digests[keep], keep)
-                    locations[span][keep] = locations_of(number, first, nr_plain)
+                    locations[span][keep] = locations_of(number, first, len(keep))
         with self._mutex:
             self._keep(obj, pages, places)
-        return counts
+        return PageCounts(nr_zero, nr_same, nr_written, nr_deltas)
 
     def _add_deltas(
         self,
@@ -323,9 +358,10 @@ class ImageBuilder:
                 same[at] = (pages == contents[at]).all(axis=1)
         return same
 
-    def _parent_places(self, obj: int, pages: PageNumbers) -> Places:
+    def _parent_places(self, obj: int, pages: PageNumbers) -> Places | None:
+        """Where the parent has these pages; None when it has none of this object, or there is no parent."""
         if self._parent is None or obj not in self._parent.index:
-            return nowhere(len(pages))
+            return None
         return self._parent.index[obj].locate(pages)
 
     def _workers(self) -> ThreadPoolExecutor:
@@ -434,6 +470,10 @@ class ImageBuilder:
         self._writers.close()
         os.close(self._dir_fd)
         os.close(self._lock_fd)
+
+
+def _rows_of(contents: Bytes) -> ReadPages:
+    return lambda start, end: contents[start:end]
 
 
 def _unlink(name: str, dir_fd: int) -> None:

@@ -31,7 +31,8 @@ class Columns:
 
 def locations_of(pack_number: int, first: int, nr_pages: int) -> U64:
     """The locations of pages that lie one after the other in a pack."""
-    return np.arange(nr_pages, dtype=np.uint64) + np.uint64((pack_number << LOCATION_SHIFT) + first)
+    start = (pack_number << LOCATION_SHIFT) + first
+    return np.arange(start, start + nr_pages, dtype=np.uint64)
 
 
 def checked_pages(obj: int, pages: PageNumbers) -> PageNumbers:

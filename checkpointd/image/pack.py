@@ -81,7 +81,7 @@ class PackWriter:
         self._offset = files.write_at(self._fd, self._header(FORMAT_VERSION), 0)
         self._blocks: list[bytes] = []
         self._digests: list[Digests] = []
-        self._deltas: list[Marks] = []
+        self._deltas: list[tuple[int, Marks | None]] = []  # of so many pages; none where there are no marks
         self._nr_deltas = 0
         self._staged_deltas = False
         self._staging = np.empty((BLOCK_PAGES, PAGE_SIZE), dtype=np.uint8)
@@ -105,7 +105,7 @@ class PackWriter:
         first = self.nr_pages
         nr = len(pages) if keep is None else len(keep)
         self._digests.append(digests)
-        self._deltas.append(np.zeros(nr, dtype=bool) if deltas is None else deltas)
+        self._deltas.append((nr, deltas))
         nr_deltas = 0 if deltas is None else int(np.count_nonzero(deltas))
         self._nr_deltas += nr_deltas
         self._staged_deltas |= nr_deltas > 0
@@ -140,7 +140,8 @@ class PackWriter:
         version, marks = FORMAT_VERSION, b""
         if self._nr_deltas:
             version = DELTA_VERSION
-            marks = np.packbits(np.concatenate(self._deltas), bitorder="little").tobytes()
+            columns = [np.zeros(nr, dtype=bool) if some is None else some for nr, some in self._deltas]
+            marks = np.packbits(np.concatenate(columns), bitorder="little").tobytes()
             files.write_at(self._fd, self._header(version), 0)
         trailer = PACK_TRAILER.pack(PACK_END_MAGIC, version, len(self._blocks), self.nr_pages, table_offset)
         tail = table + digests + marks + trailer

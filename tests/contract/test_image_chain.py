@@ -6,6 +6,7 @@ The truth is a plain dict {(obj, page): bytes}; chains grow, fork and lose image
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -216,6 +217,53 @@ def test_one_large_call_is_shared_among_threads(store, compress):
         again = store.load(builder.commit(meta={}, state=b"").id)
     assert again.info.bytes_stored < 5000
     assert np.array_equal(again.digests(0), image.digests(0))
+
+
+@pytest.mark.parametrize("compress", ["none", "zstd:1"])
+def test_pages_read_as_they_are_needed_make_the_same_image(store, compress):
+    """Across blocks, with zero pages, pages like the parent's and new ones in each; memory may be used again."""
+    nr_pages = 600
+    data = np.random.default_rng(5).integers(0, 256, (nr_pages, PAGE_SIZE), dtype=np.uint8)
+    data[100:300:7] = 0
+    pages = np.arange(10, 10 + 2 * nr_pages, 2, dtype=np.uint64)
+    found = []
+    parent = None
+    for _ in range(2):
+        room, asked = np.empty((256, PAGE_SIZE), dtype=np.uint8), []
+
+        def read(start, end, room=room, asked=asked):
+            asked.append((start, end))
+            room[: end - start] = data[start:end]
+            return room[: end - start]
+
+        with store.begin(parent=parent, compress=compress) as builder:
+            counts = builder.add_read(0, pages, read)
+            assert builder.counts == counts
+            info = builder.commit(meta={}, state=b"")
+        with store.begin(parent=parent, compress=compress) as builder:
+            assert builder.add_pages(0, pages, data.reshape(-1)) == counts
+        assert asked == [(0, 256), (256, 512), (512, 600)]
+        parent = store.load(info.id)
+        assert np.array_equal(parent.read(0, pages).reshape(data.shape), data)
+        found.append(counts)
+        data[::3, 9] ^= 1
+    assert (found[0].zero, found[0].same, found[0].written) == (29, 0, 571)
+    changed = {*range(0, nr_pages, 3)}
+    zero = {*range(100, 300, 7)} - changed
+    assert (found[1].zero, found[1].written) == (len(zero), len(changed))
+    assert found[1].same == nr_pages - len(zero) - len(changed)
+
+
+def test_a_failed_read_spoils_the_image(store):
+    def read(start, end):
+        raise OSError(errno.ESRCH, "it is gone")
+
+    with store.begin() as builder:
+        with pytest.raises(ProcessLookupError):
+            builder.add_read(0, np.arange(3, dtype=np.uint64), read)
+        with pytest.raises(ValueError, match="an earlier step failed"):
+            builder.commit(meta={}, state=b"")
+    assert store.images() == []
 
 
 def test_a_page_given_twice_is_a_bug(store):

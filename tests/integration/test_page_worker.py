@@ -25,7 +25,7 @@ OBJECT = 1
 @pytest.fixture
 def worker(monkeypatch):
     # time passes between two pieces, so that there is progress to hear on any machine
-    monkeypatch.setenv(tracepoint.ENVIRONMENT, "worker.piece_done=sleep:30")
+    monkeypatch.setenv(tracepoint.ENVIRONMENT, "worker.piece_done=sleep:150")
     made = PageWorker()
     yield made
     made.close()

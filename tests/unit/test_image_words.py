@@ -130,6 +130,9 @@ def test_zero_pages_are_confirmed_by_their_bytes():
     assert zero_pages(data, digest_pages(data, 5), zero).tolist() == [True, False, True]
     forged = np.tile(zero, (3, 1))  # as if page 1 collided with the zero page
     assert zero_pages(data, forged, zero).tolist() == [True, False, True]
+    # its bytes across two digests are nobody's digest
+    across = np.frombuffer(b"12345678" + zero.tobytes() + b"12345678", dtype="<u8").reshape(-1, 2)
+    assert zero_pages(data[:2], across, zero).tolist() == [False, False]
 
 
 def test_half_pages_have_no_digest():
