@@ -470,9 +470,16 @@ class Dumper:
     def _read_copy(self, copy: ForkedCopy, work: Work, report: Report) -> None:
         report("reading the copy", 0, 0)
         at = time.monotonic_ns()
-        for request in work.copies:
-            check_complete(request)
-        self._worker.read_and_encode(work.copies, work.limits.after_thaw("reading the copy", report))
+        try:
+            for request in work.copies:
+                check_complete(request)
+            self._worker.read_and_encode(work.copies, work.limits.after_thaw("reading the copy", report))
+        except (TargetGone, FileNotFoundError, ProcessLookupError) as error:
+            raise CheckpointError(
+                f"the forked copy of process {self.pid} was killed before it was read; nothing was saved",
+                hint="look for an out-of-memory kill in the kernel log; `--read-mode stopped` needs no copy",
+                pid=self.pid,
+            ) from error
         work.mark("reading the copy", at)
         # its memory goes while the image is committed; `close` waits for it
         os.kill(copy.pid, signal.SIGKILL)
@@ -491,7 +498,6 @@ class Dumper:
         report("committing", 0, 0)
         tracepoint.hit("dump.commit")
         stats = work.stats
-        identity = self.identity
         found = self._worker.commit(
             {
                 "pid": self.pid,
@@ -501,8 +507,8 @@ class Dumper:
                 "backend": stats.backend,
                 "incremental": stats.incremental,
                 "host": platform.node(),
-                "boot_id": identity.boot_id,
-                "start_time": identity.start_time,
+                "boot_id": self.identity.boot_id,
+                "start_time": self.identity.start_time,
                 "stats": stats.to_dict(),
             },
             json.dumps(codec.encode(work.state), separators=(",", ":")).encode(),

@@ -19,7 +19,7 @@ import pytest
 
 from checkpointd import tracepoint
 from checkpointd.dump.dump import Dumper, DumpOptions
-from checkpointd.errors import Cancelled
+from checkpointd.errors import Cancelled, CheckpointError
 from checkpointd.image.store import Store
 from checkpointd.procfs import process
 from checkpointd.target import fork
@@ -114,6 +114,36 @@ def test_a_dump_that_is_cancelled_leaves_no_copy(pid: int, store: str, where: st
         dumper.cancelled = lambda: False
         dumper.dump(DumpOptions(store=store, read_mode="fork", compress="none"))
         assert process.children(pid) == []
+    finally:
+        tracepoint.clear()
+        dumper.close()
+
+
+@pytest.mark.parametrize("when", ["before it is read", "while it is read"])
+def test_a_copy_that_is_killed_fails_the_dump_alone(pid: int, store: str, when: str, monkeypatch) -> None:
+    """As the OOM killer does; the next dump is whole."""
+    dumper = Dumper(pid)
+    options = DumpOptions(store=store, incremental=True, read_mode="fork", compress="none")
+
+    def kill_it(*_: object) -> None:
+        (copy,) = process.children(pid)
+        os.kill(copy, signal.SIGKILL)
+
+    try:
+        first = dumper.dump(options)
+        if when == "before it is read":
+            tracepoint.register("dump.thawed", kill_it)
+        else:
+            monkeypatch.setattr("checkpointd.dump.dump.check_complete", kill_it)
+        with pytest.raises(CheckpointError, match=f"the forked copy of process {pid} was killed"):
+            dumper.dump(options)
+        tracepoint.clear()
+        monkeypatch.undo()
+        assert is_running(pid)
+        assert process.children(pid) == []
+        second = dumper.dump(options)
+        assert second.parent_id == first.image_id
+        assert [info.id for info in Store.open(store).images()] == [first.image_id, second.image_id]
     finally:
         tracepoint.clear()
         dumper.close()
