@@ -15,7 +15,8 @@
 files.py I/O and locks; layout.py the directory; format.py structures and limits; digest.py page digests, xxh3.py and
 blobs/ how they are computed; index.py extents; pack.py page data; delta.py pages stored as differences; imagefile.py
 one image's bytes; columns.py and writers.py the index and the packs of an image in the making; consolidate.py which
-old blocks it copies; verify.py, portable.py (export, import), refs.py (names), info.py (what `ls` shows).
+old blocks it copies; stream.py and whole.py reading all of an image; verify.py, portable.py (export, import), refs.py
+(names), info.py (what `ls` shows).
 
 The format is docs/image-format.md.
 """

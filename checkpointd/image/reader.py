@@ -10,7 +10,7 @@ Errors: `ImageDamaged` naming the file; `KeyError` for a page the image does not
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from checkpointd.image.imagefile import Head, read_state
 from checkpointd.image.index import NO_BASE_U64, NO_INDEX, U64, ObjectIndex, Places, expand
 from checkpointd.image.info import ImageInfo
 from checkpointd.image.pack import PackReader
-from checkpointd.image.stream import Chunk, stream_pages, visit_pages
+from checkpointd.image.stream import Chunk, Visitor, stream_pages, visit_pages
 from checkpointd.memory import NO_PAGES, PAGE_SIZE, PageNumbers
 
 _SHIFT = np.uint64(LOCATION_SHIFT)
@@ -177,11 +177,11 @@ class Image:
         index = {obj: part for obj in self.index if (part := self.index[obj].delta_extents()).nr_pages}
         return stream_pages(index, self.packs, threads=2, chunk_pages=4 * BLOCK_PAGES, digest_seed=self._seed)
 
-    def visit(self, visitor: Callable[[int, PageNumbers, Bytes], None], *, threads: int = 2) -> None:
-        """Call `visitor` with every page that is not zero, once: (obj, sorted pages, their bytes).
+    def visit(self, visitor: Visitor, *, threads: int = 2) -> None:
+        """Call `visitor` with every page that is not zero, once: (obj, sorted pages, their bytes in parts).
 
-        It is called on `threads` threads at the same time, each for other pages, and the bytes are its own until
-        it returns.
+        It is called on `threads` threads at the same time, each for other pages.  A part, (first row, row after the
+        last, bytes), is read when it is taken from the iterable and holds until the next one is; all must be taken.
 
         Raises:
             ImageDamaged: a block does not have its checksum; what the visitor raises.

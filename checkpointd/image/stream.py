@@ -12,7 +12,8 @@ restore time does not grow with the number of generations whose pages are deltas
 from `DeltaReader`.
 
 `visit_pages` does without a ring: each thread hands what it has just read to the visitor itself, while it is still
-in the cache.  Memory: threads x 8 MiB, and the window.
+in the cache.  What fills whole blocks, nearly all of an image that was dumped in full, is found from the index
+(whole.py) and read a block at a time; only the rest goes through windows.  Memory: threads x 8 MiB, and the window.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import collections
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -34,9 +35,13 @@ from checkpointd.image.digest import Bytes, digest_pages
 from checkpointd.image.format import LOCATION_SHIFT, MAX_BLOCK_PAGES, ZERO_LOCATION
 from checkpointd.image.index import NO_BASE_U64, U64, ObjectIndex, expand, expand_locations
 from checkpointd.image.pack import PackReader
+from checkpointd.image.whole import WholeBlocks, split
 from checkpointd.memory import NO_PAGES, PAGE_SIZE, PageNumbers
 
 Chunk = tuple[int, PageNumbers, Bytes]
+Parts = Iterable[tuple[int, int, Bytes]]
+"""(first row, row after the last, bytes of these pages), in order; the bytes hold until the next is taken."""
+Visitor = Callable[[int, PageNumbers, Parts], None]
 
 _BATCH_PAGES = MAX_BLOCK_PAGES  # 4 MiB: what one thread reads at a time
 _WINDOW_PAGES = 1 << 18
@@ -109,13 +114,14 @@ def stream_pages(
 def visit_pages(
     index: dict[int, ObjectIndex],
     packs: list[PackReader],
-    visitor: Callable[[int, PageNumbers, Bytes], None],
+    visitor: Visitor,
     *,
     threads: int,
 ) -> None:
     """See `Image.visit`."""
     reader = DeltaReader(packs)
-    batches = _batches(index, packs)
+    whole, rest = split(index, packs, nr_parts=4 * max(1, threads))
+    batches: Iterator[WholeBlocks | _Batch] = itertools.chain(whole, _batches(rest, packs))
     lock = threading.Lock()
     failed = threading.Event()
 
@@ -127,8 +133,11 @@ def visit_pages(
                     batch = next(batches, None)
                 if batch is None:
                     return
+                if isinstance(batch, WholeBlocks):
+                    visitor(batch.obj, batch.pages(), batch.read(buffers.read))
+                    continue
                 for obj, pages, data in _fetch(batch, buffers, reader, None):
-                    visitor(obj, pages, data)
+                    visitor(obj, pages, [(0, len(pages), data)])
         except BaseException:
             failed.set()
             raise

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -34,6 +34,7 @@ _MAX_WAITING = 4  # copies of what the tracer's thread has to write
 _NO_WRITES = frozenset({VmaKind.VDSO, VmaKind.VVAR, VmaKind.VSYSCALL})
 
 Bytes = npt.NDArray[np.uint8]
+Parts = Iterable[tuple[int, int, Bytes]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -43,7 +44,7 @@ class PageSource(Protocol):
     def objects(self) -> list[int]: ...
     def pages(self, obj: int) -> PageNumbers: ...
     def zero_pages(self, obj: int) -> PageNumbers: ...
-    def visit(self, visitor: Callable[[int, PageNumbers, Bytes], None], *, threads: int) -> None: ...
+    def visit(self, visitor: Callable[[int, PageNumbers, Parts], None], *, threads: int) -> None: ...
 
 
 class _Map:
@@ -137,18 +138,40 @@ class _Work:
         self._room = threading.Semaphore(_MAX_WAITING)
         self._stopped = False
 
-    def visit(self, obj: int, pages: PageNumbers, data: Bytes) -> None:
+    def visit(self, obj: int, pages: PageNumbers, parts: Parts) -> None:
         """On the image's threads."""
-        if self._stopped:
-            raise CheckpointError("the restore was given up")
-        forced = None
-        if obj == PRIVATE_OBJECT:
-            forced = self._write_private(pages, data)
-        elif obj in self.known:
-            self.objects.write(obj, pages, data)
-        else:
+        if obj != PRIVATE_OBJECT and obj not in self.known:
             return  # content of a deleted file: whoever restores files asks for it
-        self.news.put((len(pages), forced))
+        is_fresh = self._of_one_writable(pages) if obj == PRIVATE_OBJECT else None
+        for start, end, data in parts:
+            if self._stopped:
+                raise CheckpointError("the restore was given up")
+            forced = None
+            if obj != PRIVATE_OBJECT:
+                self.objects.write(obj, pages[start:end], data)
+            elif is_fresh is None:
+                forced = self._write_private(pages[start:end], data)
+            else:
+                self._write_run(int(pages[start]), data, is_fresh)
+            if forced is not None:
+                self.news.put((0, forced))
+        self.news.put((len(pages), None))
+
+    def _of_one_writable(self, pages: PageNumbers) -> bool | None:
+        """Are these adjacent pages of one writable VMA, and that a fresh one?  None: they are not."""
+        at = self.table.find(pages[[0, -1]])
+        is_run = int(pages[-1]) - int(pages[0]) == len(pages) - 1
+        if not is_run or at[0] != at[1] or not self.table.writable[at[0]]:
+            return None
+        return bool(self.table.fresh[at[0]])
+
+    def _write_run(self, first_page: int, data: Bytes, is_fresh: bool) -> None:
+        done = 0
+        if is_fresh and data.nbytes >= MIN_RUN_PAGES * PAGE_SIZE:
+            done = self.fresh.write(first_page, data)
+        if done < data.nbytes:
+            runs = np.array([[(first_page << PAGE_SHIFT) + done, data.nbytes - done]], dtype=np.uint64)
+            write_runs(self.stub.pid, runs, data[done:])
 
     def _write_private(self, pages: PageNumbers, data: Bytes) -> tuple[PageNumbers, Bytes] | None:
         """Write what can be; what the tracer must write is copied."""

@@ -68,13 +68,15 @@ def streamed(image):
     return out
 
 
-def visited(image):
+def visited(image, threads=2):
     out = {}
-    image.visit(
-        lambda _, pages, data: out.update(
-            zip(pages.tolist(), map(bytes, data.reshape(-1, PAGE_SIZE)), strict=True)
-        )
-    )
+
+    def take(_, pages, parts):
+        for start, end, data in parts:
+            rows = map(bytes, data.reshape(-1, PAGE_SIZE))
+            out.update(zip(pages[start:end].tolist(), rows, strict=True))
+
+    image.visit(take, threads=threads)
     return out
 
 
@@ -255,13 +257,7 @@ def test_reading_does_not_slow_down_with_depth(store, monkeypatch):
             np.concatenate([pack.read_block(block) for block in range(first, first + number)]),
         ),
     )
-    content = {}
-    image.visit(
-        lambda _, pages, data: content.update(
-            zip(pages.tolist(), map(bytes, data.reshape(-1, PAGE_SIZE)), strict=True)
-        ),
-        threads=1,
-    )
+    content = visited(image, threads=1)
     assert b"".join(content[page] for page in PAGES.tolist()) == data.tobytes()
     assert nr_based(image) > 500
     assert max(read.values()) == 1

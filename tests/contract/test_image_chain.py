@@ -62,6 +62,17 @@ def check(image, truth):
         for page, at in zip(pages.tolist(), range(0, len(data), PAGE_SIZE), strict=True):
             assert (obj, page) not in streamed
             streamed[obj, page] = data[at : at + PAGE_SIZE].tobytes()
+    visited, lock = {}, threading.Lock()
+
+    def take(obj, pages, parts):
+        for start, end, data in parts:
+            for page, row in zip(pages[start:end].tolist(), data.reshape(-1, PAGE_SIZE), strict=True):
+                with lock:
+                    assert (obj, page) not in visited
+                    visited[obj, page] = row.tobytes()
+
+    image.visit(take, threads=2)
+    assert visited == streamed
     for obj in objs:
         pages = sorted(page for o, page in truth if o == obj)
         assert image.pages(obj).tolist() == pages

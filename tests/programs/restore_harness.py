@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from checkpointd.memory import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, PRIVATE_OBJECT, VmaKind, runs_of
 from checkpointd.procfs import maps
+from checkpointd.restore.fill import Parts
 from checkpointd.restore.restorer import Restored, RestoreOptions, restore_process
 from checkpointd.state import codec
 from checkpointd.state.process import ImageState
@@ -52,7 +53,7 @@ class MemoryImage:
 
     def visit(
         self,
-        visitor: Callable[[int, npt.NDArray[np.uint64], npt.NDArray[np.uint8]], None],
+        visitor: Callable[[int, npt.NDArray[np.uint64], Parts], None],
         *,
         threads: int,
     ) -> None:
@@ -61,7 +62,7 @@ class MemoryImage:
             for at in range(0, len(numbers), _CHUNK_PAGES):
                 part = numbers[at : at + _CHUNK_PAGES]
                 data = np.frombuffer(b"".join(pages[n] for n in part), dtype=np.uint8)
-                visitor(obj, np.array(part, dtype=np.uint64), data)
+                visitor(obj, np.array(part, dtype=np.uint64), [(0, len(part), data)])
 
 
 @dataclass
