@@ -55,6 +55,8 @@ def merge(obj: int, parts: list[Columns]) -> Columns:
     Raises:
         ValueError: a page was given twice.
     """
+    # each is sorted, and seldom do two overlap: in order there is nothing left to sort
+    parts = sorted(parts, key=lambda part: int(part.pages[0]) if len(part.pages) else 0)
     pages = np.concatenate([part.pages for part in parts])
     places = Places(
         np.concatenate([part.places.locations for part in parts]),

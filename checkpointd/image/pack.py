@@ -135,8 +135,7 @@ class PackWriter:
         """Write the tables; returns the pack's id.  The file is complete, and durable when there is a flusher."""
         self._flush()
         table_offset = self._offset
-        table = b"".join(self._blocks)
-        digests = np.concatenate(self._digests).astype("<u8", copy=False).tobytes() if self._digests else b""
+        digests = [digests.astype("<u8", copy=False).tobytes() for digests in self._digests]
         version, marks = FORMAT_VERSION, b""
         if self._nr_deltas:
             version = DELTA_VERSION
@@ -144,7 +143,7 @@ class PackWriter:
             marks = np.packbits(np.concatenate(columns), bitorder="little").tobytes()
             files.write_at(self._fd, self._header(version), 0)
         trailer = PACK_TRAILER.pack(PACK_END_MAGIC, version, len(self._blocks), self.nr_pages, table_offset)
-        tail = table + digests + marks + trailer
+        tail = b"".join((*self._blocks, *digests, marks, trailer))
         self.bytes_written = files.write_at(self._fd, tail, table_offset)
         if self._flusher is not None:
             # The kernel tells a failed write-back once: what the background flush heard must not be lost.
