@@ -152,6 +152,16 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
+def cgroups(pid: int) -> tuple[str, ...]:
+    """`controllers:path` of each hierarchy it is in below the root, sorted; of version 2 no controllers are named.
+
+    As seen from our own cgroup namespace.  Source: cgroups(7).
+    """
+    lines = slurp(f"/proc/{pid}/cgroup").decode(errors="backslashreplace").splitlines()
+    found = [line.partition(":")[2] for line in lines]
+    return tuple(sorted(one for one in found if not one.endswith(":/")))
+
+
 def time_offsets(pid: int) -> tuple[int, int]:
     """What the process's time namespace adds to CLOCK_MONOTONIC and CLOCK_BOOTTIME, ns; (0, 0) without any.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from checkpointd.errors import ImageDamaged, NotPermitted, RestoreConflict, Unsupported
@@ -188,6 +188,23 @@ def clock_warnings(state: ProcessState, boot_id: str) -> list[str]:
         if thread.sleep is not None and thread.sleep.nr == Nr.FUTEX and thread.sleep.remaining_ns is None:
             found.append(f"thread {thread.tid} waits until a time of that clock")
     return found
+
+
+def cgroup_warnings(host: Host) -> list[str]:
+    """A process is restored into the cgroups of whoever restores it."""
+    ours = process.cgroups(os.getpid())
+    elsewhere = [one for one in host.cgroups if one not in ours]
+    if not elsewhere:
+        return []
+    here = [one for one in ours if one not in host.cgroups]
+    return [
+        f"it ran in cgroup {_names(elsewhere)} and runs in {_names(here) if here else 'the root'} now: "
+        "what that allows holds for it"
+    ]
+
+
+def _names(cgroups: Sequence[str]) -> str:
+    return ", ".join(one.removeprefix(":") for one in cgroups)
 
 
 def _and_more(reasons: list[str]) -> str:

@@ -263,7 +263,7 @@ class _Restorer:
                 conflicts=conflicts,
             )
         self.objects.make(plan.needs(self.space))
-        self.warnings += state.warnings
+        self.warnings += [*state.warnings, *checks.cgroup_warnings(state.host)]
         self._mark("check")
 
     def _open_exe(self) -> int | None:

@@ -62,6 +62,7 @@ class Host:
     Attributes:
         monotonic_ns, boottime_ns: the clocks as the process saw them; they compare within `boot_id` only.
         time_offsets_ns: what its time namespace added to these two.
+        cgroups: `controllers:path` of each hierarchy it was in below the root; empty in older images too.
     """
 
     hostname: str
@@ -71,6 +72,7 @@ class Host:
     monotonic_ns: int
     boottime_ns: int
     time_offsets_ns: tuple[int, int] = (0, 0)
+    cgroups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,7 @@ class ProcessDraft:
     cmdline: tuple[str, ...] = ()
     namespaces: dict[str, str] = field(default_factory=dict)
     boot_id: str = ""
+    cgroups: tuple[str, ...] = ()
     sleep_calls: dict[int, int] = field(default_factory=dict)
     policies: Policies = NO_POLICIES
     task_flags: dict[int, int] = field(default_factory=dict)
@@ -137,7 +138,7 @@ def _fill(draft: ProcessDraft, vmas: Sequence[Vma]) -> None:
     draft.exe, draft.exe_deleted, is_64bit = _exe(pid)
     draft.cmdline = tuple(process.cmdline(pid))
     draft.namespaces = {kind: os.readlink(f"/proc/{pid}/ns/{kind}") for kind in _NAMESPACES if _has_ns(kind)}
-    draft.boot_id = process.boot_id()
+    draft.boot_id, draft.cgroups = process.boot_id(), process.cgroups(pid)
     draft.sleep_calls = prepare_sleeps(pid)
     draft.policies = prepare_policies(pid, vmas)
     draft.task_flags = _task_flags(pid)
@@ -398,7 +399,7 @@ def capture_process(
             lock_future=asked.lock_future,
             namespaces=draft.namespaces,
             cpu=cpu_of(threads[0].xstate, threads[0].xstate_size_bytes, asked.xcomp_permitted),
-            host=host(pid, draft.boot_id or process.boot_id()),
+            host=host(pid, draft.boot_id or process.boot_id(), draft.cgroups),
             stopped=any(thread.group_stopped for thread in frozen.threads.values()),
             threads=threads,
             signals=signals,
@@ -414,7 +415,7 @@ def cpu_of(xstate: bytes, xstate_size_bytes: int, xcomp_permitted: int = 0) -> C
     return Cpu(mask, xstate_size_bytes, cpu_flags(), xcomp_permitted)
 
 
-def host(pid: int, boot_id: str) -> Host:
+def host(pid: int, boot_id: str, cgroups: tuple[str, ...] = ()) -> Host:
     """Here and now, by the clocks of the process."""
     name = os.uname()
     offsets, ours = process.time_offsets(pid), _own_time_offsets()
@@ -426,6 +427,7 @@ def host(pid: int, boot_id: str) -> Host:
         monotonic_ns=time.monotonic_ns() + offsets[0] - ours[0],
         boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + offsets[1] - ours[1],
         time_offsets_ns=offsets,
+        cgroups=cgroups,
     )
 
 

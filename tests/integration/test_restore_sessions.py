@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from checkpointd.linux import capability as cap
-from checkpointd.procfs.process import autogroup, read_stat
+from checkpointd.procfs.process import autogroup, cgroups, read_stat
 from tests.programs.python_program import PROGRAM, Program
 from tests.programs.restore_harness import capture, kill_and_reap, restore, wait_gone
 
@@ -75,3 +76,46 @@ def test_session_outside_of_the_pid_namespace_becomes_its_own(program: Program) 
     restored = restore(captured.changed(sid=0, pgid=0))
     assert any("session" in warning for warning in restored.warnings)
     assert read_stat(restored.pid).session == restored.pid
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A cgroup of our own, of version 2 or of a hierarchy of version 1."""
+    for base in (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids")):
+        if (base / "cgroup.procs").exists():
+            break
+    else:
+        pytest.skip("no cgroups here")
+    made = base / f"checkpointd-test-{os.getpid()}"
+    try:
+        made.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made: {error.strerror}")
+    yield made
+    deadline = time.monotonic() + 30
+    while (made / "cgroup.procs").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    made.rmdir()
+
+
+def test_another_cgroup_is_told(program: Program, cgroup: Path) -> None:
+    """It is restored into ours; from another directory nobody knows what limits and freezers it had."""
+    try:
+        (cgroup / "cgroup.procs").write_text(str(program.pid))
+    except OSError as error:
+        pytest.skip(f"the cgroup takes no process: {error.strerror}")
+    captured = capture(program.pid, kill=True)
+    program.kill()
+    assert [one for one in captured.state.process.host.cgroups if one.endswith(f"/{cgroup.name}")]
+    restored = restore(captured)
+    (told,) = [warning for warning in restored.warnings if "cgroup" in warning]
+    assert f"/{cgroup.name} and runs in " in told
+    assert str(restored.pid) not in (cgroup / "cgroup.procs").read_text().split()
+
+
+def test_the_cgroup_it_was_in_is_not_told(program: Program) -> None:
+    captured = capture(program.pid, kill=True)
+    program.kill()
+    assert captured.state.process.host.cgroups == cgroups(os.getpid())
+    assert not [warning for warning in restore(captured).warnings if "cgroup" in warning]
