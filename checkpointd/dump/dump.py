@@ -339,7 +339,7 @@ class Dumper:
             stopped, work.copies = split_for_fork(work.copies, work.copy.pid, vmas)
         if options.kill:
             # it will not run again: no need to hold all of it at once
-            self._worker.read_and_encode(stopped, heard)
+            self._worker.read_and_encode(stopped, heard, still=True)
         elif any(len(request.runs) for request in stopped):
             self._worker.copy(stopped, heard)
         read_deleted_files(self._worker, self.pid, files, heard)
@@ -474,12 +474,9 @@ class Dumper:
             for request in work.copies:
                 check_complete(request)
             self._worker.read_and_encode(work.copies, work.limits.after_thaw("reading the copy", report))
-        except (TargetGone, FileNotFoundError, ProcessLookupError) as error:
-            raise CheckpointError(
-                f"the forked copy of process {self.pid} was killed before it was read; nothing was saved",
-                hint="look for an out-of-memory kill in the kernel log; `--read-mode stopped` needs no copy",
-                pid=self.pid,
-            ) from error
+        except (CheckpointError, OSError):
+            copy.check_alive()
+            raise
         work.mark("reading the copy", at)
         # its memory goes while the image is committed; `close` waits for it
         os.kill(copy.pid, signal.SIGKILL)

@@ -49,7 +49,7 @@ class Limits:
         if allowed_us and expected_us > allowed_us:
             raise FrozenTooLong(
                 f"process {self._pid} would be frozen for about {expected_us // 1000} ms, "
-                f"longer than the {allowed_us / 1000:g} ms allowed; it runs on",
+                f"longer than the {_ms(allowed_us)} ms allowed; it runs on",
                 hint=_MORE,
                 pid=self._pid,
             )
@@ -71,7 +71,7 @@ class Limits:
             if allowed_us and frozen_us > allowed_us:
                 raise FrozenTooLong(
                     f"process {self._pid} was frozen for {frozen_us // 1000} ms and only {done} of {total} pages "
-                    f"were read, with {allowed_us / 1000:g} ms allowed; it runs on",
+                    f"were read, with {_ms(allowed_us)} ms allowed; it runs on",
                     hint=_MORE,
                     pid=self._pid,
                 )
@@ -101,3 +101,7 @@ class Limits:
                 hint="allow it more time with --timeout",
                 pid=self._pid,
             )
+
+
+def _ms(us: int) -> str:
+    return str(us // 1000) if us >= 1000 else f"{us / 1000:g}"

@@ -120,7 +120,9 @@ def reading(request: CopyRequest) -> Iterator[Callable[[Runs, Bytes], None]]:
                 yield lambda runs, into: _read_open(fd, path, runs, into, request.shift)
         else:
             yield lambda runs, into: _read_target(pid, runs, into, alone=request.alone)
-    except ProcessLookupError as error:
+    except (FileNotFoundError, ProcessLookupError) as error:
+        if request.source and isinstance(error, FileNotFoundError):
+            raise
         raise TargetGone(f"process {pid} ended while its memory was read", pid=pid) from error
 
 

@@ -61,6 +61,7 @@ from checkpointd.tracking.walks import take_written
 
 DEFAULT_COMPRESSION = "zstd:1"
 KEPT_BYTES = 128 << 20
+Step = Callable[[int], None]
 _STOPPED_CHECK_S = 0.5
 _OUTLIVE_S = 5.0
 
@@ -70,11 +71,14 @@ _ONE_THREAD_PAGES = 3072  # 12 MiB: some 5 ms, for which the agent is busy all t
 _AT_ONCE_PAGES = 64  # to hand them over would take longer
 _ENCODE_PAGES = 1024
 _READ_AND_ENCODE_PAGES = 4096
-_LOOK_INTERVAL_S = (
-    0.02  # also how often it is told while a target stands still: what that may take has a limit
-)
-# Whoever hears of it takes a CPU from the work: the agent, the service, the command.
-_TELL_INTERVAL_S = 0.1
+# How often it is told how far the work is while a target stands still, which may be limited.  Afterwards it is not so
+# often: whoever hears of it, the agent, the service, the command, takes a CPU from the work.
+_LOOK_INTERVAL_S = 0.02
+_TELL_INTERVAL_S = 0.05
+
+
+class _GivenUpError(Exception):
+    """In a thread whose work nobody wants any more."""
 
 
 class PageServer:
@@ -148,7 +152,7 @@ class PageServer:
         if wanted > free:
             requests, beyond = cut(requests, free)
             # the target stands still: no time to read the parent's pages
-            self._read_and_encode(beyond, delta=False, tell_interval_s=_LOOK_INTERVAL_S)
+            self._read_and_encode(beyond, delta=False, still=True)
         buffer.touch(self._used + min(wanted, free) * PAGE_SIZE, self._pool)
         jobs: list[tuple[CopyRequest, Runs, int]] = []
         at_once = wanted <= (_ONE_THREAD_PAGES if beside else _AT_ONCE_PAGES)
@@ -159,14 +163,15 @@ class PageServer:
                 jobs.append((request, piece, self._used))
                 self._used += nr_pages_in(piece) * PAGE_SIZE
 
-        def work(job: tuple[CopyRequest, Runs, int]) -> None:
+        def work(job: tuple[CopyRequest, Runs, int], step: Step) -> None:
             read(job[0], job[1], buffer.bytes, job[2])
+            step(nr_pages_in(job[1]))
 
         if at_once:
-            for job in jobs:
-                work(job)
+            for request, piece, at in jobs:
+                read(request, piece, buffer.bytes, at)
         else:
-            self._each(work, jobs, _pages_of_job)
+            self._each(work, jobs, min(wanted, free), _LOOK_INTERVAL_S)
 
     def walk(
         self, ranges: Ranges, has_guard_category: bool, code: Runs, most: int
@@ -211,23 +216,24 @@ class PageServer:
                 jobs.append((obj, piece, at))
                 at += nr_pages_in(piece) * PAGE_SIZE
 
-        def add(job: tuple[int, Runs, int]) -> None:
-            size = nr_pages_in(job[1]) * PAGE_SIZE
-            builder.add_pages(job[0], pages_of(job[1]), buffer.bytes[job[2] : job[2] + size])
+        def add(job: tuple[int, Runs, int], step: Step) -> None:
+            nr_pages = nr_pages_in(job[1])
+            builder.add_pages(job[0], pages_of(job[1]), buffer.bytes[job[2] : job[2] + nr_pages * PAGE_SIZE])
+            step(nr_pages)
 
-        self._each(add, jobs, _pages_of_job, _TELL_INTERVAL_S)
+        self._each(add, jobs, self._used // PAGE_SIZE, _TELL_INTERVAL_S)
         self._empty()
 
-    def read_and_encode(self, requests: list[CopyRequest]) -> None:
-        self._read_and_encode(requests, delta=True, tell_interval_s=_TELL_INTERVAL_S)
+    def read_and_encode(self, requests: list[CopyRequest], still: bool) -> None:
+        self._read_and_encode(requests, delta=True, still=still)
 
-    def _read_and_encode(self, requests: list[CopyRequest], *, delta: bool, tell_interval_s: float) -> None:
+    def _read_and_encode(self, requests: list[CopyRequest], *, delta: bool, still: bool) -> None:
         builder = self._need()
         wanted = sum(nr_pages_in(request.runs) for request in requests)
         piece_pages = min(_READ_AND_ENCODE_PAGES, max(BLOCK_PAGES, -(-wanted // (2 * NR_THREADS))))
         jobs = [(request, piece) for request in requests for piece in pieces(request.runs, piece_pages)]
 
-        def work(job: tuple[CopyRequest, Runs]) -> None:
+        def work(job: tuple[CopyRequest, Runs], step: Step) -> None:
             request, piece = job
             # one buffer a thread: a new one each time would be touched anew page by page
             if not hasattr(local, "buffer"):
@@ -239,12 +245,13 @@ class PageServer:
                 def block(start: int, end: int) -> Bytes:
                     into = room[: end - start]
                     read_some(rows_of(piece, start, end), into.reshape(-1))
+                    step(end - start)
                     return into
 
                 builder.add_read(request.obj, pages_of(piece), block, delta=delta)
 
         local = threading.local()
-        self._each(work, jobs, _pages_of_job, tell_interval_s)
+        self._each(work, jobs, wanted, _LOOK_INTERVAL_S if still else _TELL_INTERVAL_S)
 
     def commit(self, meta: dict[str, Any], state: bytes) -> dict[str, Any]:
         builder = self._need()
@@ -315,42 +322,47 @@ class PageServer:
             self._buffer.shrink(KEPT_BYTES)
 
     def _each(
-        self,
-        work: Callable[[Any], None],
-        jobs: list[Any],
-        size: Callable[[Any], int],
-        tell_interval_s: float = _LOOK_INTERVAL_S,
+        self, work: Callable[[Any, Step], None], jobs: list[Any], total: int, tell_interval_s: float
     ) -> None:
         """Do the jobs, telling how far they are; none is under way any more when this returns or raises.
+
+        Args:
+            work: says, by what it is given, how many pages are done, and is left by an error of that when it need not
+                go on.
+            total: pages of all jobs.
 
         Raises:
             Cancelled: the agent said stop.
         """
-        if len(jobs) == 1:
-            work(jobs[0])
-            return
         left, lock = iter(jobs), threading.Lock()
-        total, done, told, given_up = sum(map(size, jobs)), 0, 0, False
-        tell_at = time.monotonic() + tell_interval_s
+        done, told, given_up = 0, 0, False
+        failed: list[BaseException] = []  # in the order of time
+
+        def step(nr_pages: int) -> None:
+            nonlocal done
+            with lock:
+                done += nr_pages
+            tracepoint.hit("worker.piece_done")
+            if given_up:
+                raise _GivenUpError
 
         def take() -> None:
             # one after the other by itself: a third thread that hands them out would wake for each of them
-            nonlocal done, given_up
+            nonlocal given_up
             try:
                 while not given_up:
                     with lock:
                         job = next(left, None)
                     if job is None:
                         return
-                    work(job)
-                    with lock:
-                        done += size(job)
-                    tracepoint.hit("worker.piece_done")
-            except BaseException:
+                    work(job, step)
+            except BaseException as error:
+                with lock:
+                    failed.append(error)
                 given_up = True
-                raise
 
-        taking = [self._pool.submit(take) for _ in range(NR_THREADS)]
+        taking = [self._pool.submit(take) for _ in range(min(NR_THREADS, len(jobs)))]
+        tell_at = time.monotonic() + tell_interval_s
         try:
             while wait(taking, _LOOK_INTERVAL_S).not_done:
                 if done > told and time.monotonic() >= tell_at:
@@ -367,13 +379,8 @@ class PageServer:
             given_up = True
             wait(taking)  # what still runs writes into the buffer
         # one that met a builder another one had broken may come first: the cause is what the user needs
-        found = [error for one in taking if (error := one.exception()) is not None]
-        if found:
-            raise next((error for error in found if isinstance(error, CheckpointError)), found[0])
-
-
-def _pages_of_job(job: tuple[Any, ...]) -> int:
-    return nr_pages_in(job[1])
+        if failed:
+            raise next((error for error in failed if isinstance(error, CheckpointError)), failed[0])
 
 
 def _guard(agent_pidfd: int, agent_pid: int, writing: threading.Event) -> None:

@@ -152,9 +152,15 @@ class PageWorker:
         """Hash, compress and write what `copy` brought; the buffer is free again."""
         self._ask("encode", heard=heard)
 
-    def read_and_encode(self, requests: list[CopyRequest], heard: Heard | None = None) -> None:
-        """Read from something that stays still (a forked copy) piece by piece, in bounded memory."""
-        self._ask("read_and_encode", requests, heard=heard)
+    def read_and_encode(
+        self, requests: list[CopyRequest], heard: Heard | None = None, *, still: bool = False
+    ) -> None:
+        """Read from something that stays still (a forked copy) piece by piece, in bounded memory.
+
+        Args:
+            still: a target waits for it, so that limits are to be looked at often.
+        """
+        self._ask("read_and_encode", requests, still, heard=heard)
 
     def commit(self, meta: dict[str, Any], state: bytes) -> dict[str, Any]:
         """Make the image durable; its ImageInfo with pages_zero, pages_same, pages_written, nr_inherited."""

@@ -127,7 +127,7 @@ class ImageBuilder:
 
     @property
     def counts(self) -> PageCounts:
-        """Sum over all `add_pages` so far."""
+        """Of all pages given so far."""
         return self._counts
 
     @property
@@ -185,10 +185,13 @@ class ImageBuilder:
 
         def read_some(start: int, end: int) -> Bytes:
             try:
-                return read(start, end)
+                found = read(start, end)
             except OSError as error:
                 failed.append(error)
                 raise
+            if len(found) != end - start:
+                raise ValueError(f"{len(found)} pages were read for {end - start}")
+            return found
 
         try:
             return self._counted(self._guarded(self._add, obj, checked_pages(obj, pages), read_some, delta))

@@ -181,7 +181,7 @@ class Image:
         """Call `visitor` with every page that is not zero, once: (obj, sorted pages, their bytes in parts).
 
         It is called on `threads` threads at the same time, each for other pages.  A part, (first row, row after the
-        last, bytes), is read when it is taken from the iterable and holds until the next one is; all must be taken.
+        last, bytes), is read and checked when it is taken from the iterable, and holds until the next one is taken.
 
         Raises:
             ImageDamaged: a block does not have its checksum; what the visitor raises.

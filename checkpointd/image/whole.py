@@ -20,7 +20,7 @@ from checkpointd.memory import PageNumbers
 
 _SHIFT = np.uint64(LOCATION_SHIFT)
 _ORDINAL = np.uint64((1 << LOCATION_SHIFT) - 1)
-_MOST_BLOCKS = 16  # 16 MiB: what a thread takes at once
+_MOST_BLOCKS = 16  # what a thread takes at once, 16 MiB of our own blocks
 _Ints = npt.NDArray[np.int64]
 
 

@@ -34,7 +34,7 @@ _MAX_WAITING = 4  # copies of what the tracer's thread has to write
 _NO_WRITES = frozenset({VmaKind.VDSO, VmaKind.VVAR, VmaKind.VSYSCALL})
 
 Bytes = npt.NDArray[np.uint8]
-Parts = Iterable[tuple[int, int, Bytes]]
+Parts = Iterable[tuple[int, int, Bytes]]  # as an image gives them: see `PageSource.visit`
 Progress = Callable[[str, int, int], None]
 
 

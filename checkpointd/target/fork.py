@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from checkpointd.errors import CheckpointError, Unsupported
 from checkpointd.linux import ptrace
 from checkpointd.procfs import process
+from checkpointd.target.attachable import gone, lives
 from checkpointd.target.remote import Call
 from checkpointd.tracepoint import hit
 
@@ -67,6 +68,23 @@ class ForkedCopy:
             return
         ptrace.reap(self.pid, block=True)
         hit("fork.closed")
+
+    def check_alive(self) -> None:
+        """Is there still memory to read?
+
+        Raises:
+            TargetGone: its target is gone too.
+            CheckpointError: it was killed; the target runs on.
+        """
+        if lives(self.pid, self.pid):
+            return
+        if not lives(self.parent, self.parent):
+            raise gone(self.parent)
+        raise CheckpointError(
+            f"the forked copy of process {self.parent} was killed before it was read; nothing was saved",
+            hint="look for an out-of-memory kill in the kernel log; `--read-mode stopped` needs no copy",
+            pid=self.parent,
+        )
 
     def __enter__(self) -> ForkedCopy:
         return self

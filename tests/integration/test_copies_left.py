@@ -96,18 +96,23 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("where", ["fork.done", "dump.copied", "dump.thawed", "worker.piece_done"])
-def test_a_dump_that_is_cancelled_leaves_no_copy(pid: int, store: str, where: str) -> None:
+def test_a_dump_that_is_cancelled_leaves_no_copy(
+    pid: int, store: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    if where == "worker.piece_done":  # in another process: as soon as it tells of its progress
+        monkeypatch.setenv(tracepoint.ENVIRONMENT, f"{where}=sleep:100")
     dumper = Dumper(pid)
     try:
-        if where == "worker.piece_done":  # in another process: as soon as it tells of its progress
-            seen: list[str] = []
-            dumper.cancelled = lambda: "reading the copy" in seen
-            report = lambda phase, *_: seen.append(phase)  # noqa: E731
+        if where == "worker.piece_done":
+            dumper.cancelled = lambda: bool(seen)
+            report = lambda _, done, total: seen.append(done) if 0 < done < total else None  # noqa: E731
         else:
             tracepoint.register(where, lambda _: setattr(dumper, "cancelled", lambda: True))
             report = lambda *_: None  # noqa: E731
         with pytest.raises(Cancelled):
             dumper.dump(DumpOptions(store=store, read_mode="fork", compress="none"), report)
+        assert len(seen) == (where == "worker.piece_done")
         assert process.children(pid) == []
         assert is_running(pid)
         tracepoint.clear()

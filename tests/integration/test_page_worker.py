@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -14,18 +17,25 @@ from checkpointd import tracepoint
 from checkpointd.dump.page_reading import CopyRequest
 from checkpointd.dump.page_server import PageServer
 from checkpointd.dump.pages import PageWorker
-from checkpointd.errors import Cancelled, NoSpace
+from checkpointd.errors import Cancelled, NoSpace, TargetGone
 from checkpointd.image.store import Store
 from checkpointd.memory import PAGE_SIZE
 
 NR_PAGES = 16_384
+MEMORY_PROGRAM = f"""
+import ctypes, mmap, sys
+memory = mmap.mmap(-1, {NR_PAGES * PAGE_SIZE}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.write(bytes(range(1, 256)) * (len(memory) // 255))
+print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)
+sys.stdin.read()
+"""
 OBJECT = 1
 
 
 @pytest.fixture
 def worker(monkeypatch):
     # time passes between two pieces, so that there is progress to hear on any machine
-    monkeypatch.setenv(tracepoint.ENVIRONMENT, "worker.piece_done=sleep:150")
+    monkeypatch.setenv(tracepoint.ENVIRONMENT, "worker.piece_done=sleep:30")
     made = PageWorker()
     yield made
     made.close()
@@ -109,19 +119,21 @@ def test_the_parent_is_not_read_while_the_target_stands_still(request_of, tmp_pa
 
 def test_of_two_failures_the_cause_is_told():
     """A thread that meets a builder another one has just broken may be the first to fail."""
-    broken = threading.Event()
+    begun, broken = threading.Event(), threading.Event()
 
-    def work(job):
-        if job[0] == "disk":
+    def work(job, step):
+        if job == "disk":
+            begun.set()
             broken.wait(30)
             raise NoSpace("no space left")
-        broken.set()
+        assert begun.wait(30)
+        threading.Timer(0.1, broken.set).start()
         raise ValueError("the image cannot be finished: an earlier step failed")
 
     ours, theirs = socket.socketpair()
     server = PageServer(Connection(ours.detach()), 1 << 20)
     with theirs, pytest.raises(NoSpace):
-        server._each(work, [("disk",), ("later",)], lambda job: 1)
+        server._each(work, ["later", "disk"], 2, 0.02)
 
 
 def test_a_store_that_was_moved_away_is_not_written_to(tmp_path):
@@ -139,3 +151,55 @@ def test_a_store_that_was_moved_away_is_not_written_to(tmp_path):
         assert second is not first
         assert second.is_at_its_path()
         assert not first.is_at_its_path()
+
+
+def test_what_is_read_may_end_in_the_middle(tmp_path):
+    """Both threads meet it, one of them the builder that the other has broken."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", MEMORY_PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    ours, theirs = socket.socketpair()
+    server = PageServer(Connection(ours.detach()), 1 << 20)
+    Store.open(tmp_path / "store", create=True)
+    try:
+        first_page = int(child.stdout.readline()) // PAGE_SIZE
+        runs = np.array([[first_page, NR_PAGES]], dtype=np.uint64)
+        server.begin(child.pid, str(tmp_path / "store"), "", "none", False, 0, None)
+
+        def end_it(_):
+            child.kill()
+            child.wait()
+
+        tracepoint.register("worker.piece_done", end_it, at=3)
+        with theirs, pytest.raises(TargetGone, match=f"process {child.pid} ended while"):
+            server.read_and_encode([CopyRequest(child.pid, 0, runs)], still=False)
+        server.abort()
+        assert Store.open(tmp_path / "store").images() == []
+    finally:
+        tracepoint.clear()
+        child.kill()
+        child.wait()
+
+
+def test_work_is_left_in_the_middle_of_a_piece(tmp_path):
+    """A thread stops after the block that it is at: with slow compression a whole piece takes seconds."""
+    ours, theirs = socket.socketpair()
+    server = PageServer(Connection(ours.detach()), 1 << 20)
+    agent = Connection(theirs.detach())
+    steps, long_ago = [], time.monotonic()
+
+    def work(job, step):
+        for n in range(1000):
+            steps.append((job, n))
+            if n == 3:
+                agent.send(("stop", ()))
+            time.sleep(0.01)
+            step(1)
+
+    with pytest.raises(Cancelled):
+        server._each(work, ["a", "b"], 2000, 0.02)
+    assert len(steps) < 200
+    assert time.monotonic() - long_ago < 9
+    assert agent.poll(0)  # it was told of progress
+    assert agent.recv()[0] == "progress"
+    agent.close()

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from checkpointd.target.process import ProcessDraft, SleepMemory, capture_proces
 _PRESENT, _SWAPPED, _FILE, _GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
 _PRIVATE = (VmaKind.ANON, VmaKind.FILE_PRIVATE)
 _CHUNK_PAGES = 1024
+_PART_PAGES = 100
 
 
 @dataclass
@@ -61,8 +62,18 @@ class MemoryImage:
             numbers = [n for n in sorted(pages) if any(pages[n])]
             for at in range(0, len(numbers), _CHUNK_PAGES):
                 part = numbers[at : at + _CHUNK_PAGES]
-                data = np.frombuffer(b"".join(pages[n] for n in part), dtype=np.uint8)
-                visitor(obj, np.array(part, dtype=np.uint64), [(0, len(part), data)])
+                visitor(obj, np.array(part, dtype=np.uint64), _parts([pages[n] for n in part]))
+
+
+def _parts(pages: list[bytes]) -> Iterator[tuple[int, int, npt.NDArray[np.uint8]]]:
+    """As an image hands them out: the memory of one part is used again for the next."""
+    room = np.empty(_PART_PAGES * PAGE_SIZE, dtype=np.uint8)
+    for start in range(0, len(pages), _PART_PAGES):
+        some = pages[start : start + _PART_PAGES]
+        data = room[: len(some) * PAGE_SIZE]
+        data[:] = np.frombuffer(b"".join(some), dtype=np.uint8)
+        yield start, start + len(some), data
+        data[:] = 0xA5
 
 
 @dataclass
