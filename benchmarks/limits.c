@@ -3,7 +3,8 @@
 // The limits that the product is measured against, in the fewest instructions that do the same to the memory.
 //
 //   limits stop MEGABYTES PERMILLE ROUNDS   stop a child, PAGEMAP_SCAN get and protect, read the dirty pages, let go: one thread
-//   limits copy MEGABYTES ROUNDS DIRECTORY  read a child's memory and write it to a new file: two threads
+//   limits copy MEGABYTES ROUNDS DIRECTORY  read a child's memory and write it to new files: two threads, a file each (on
+//       one file they would take turns)
 //   limits fill MEGABYTES ROUNDS DIRECTORY thp|4k   read a warm file into fresh memory: one thread, and then two; then two
 //       that add up all words of what they read before they write it into the fresh memory of another process
 //
@@ -182,7 +183,7 @@ static void stop_floor(size_t size, unsigned long permille, int rounds)
 	waitpid(pid, NULL, __WALL);
 }
 
-struct part { pid_t pid; int fd; char *memory; size_t start, end; char *into; };
+struct part { pid_t pid; int fd, second_fd; char *memory; size_t start, end; char *into; };
 
 static void *copy_part(void *arg)
 {
@@ -190,7 +191,7 @@ static void *copy_part(void *arg)
 	char *buffer = mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 	for (size_t at = p->start; at < p->end; at += 1 << 20) {
 		struct iovec to = {buffer, 1 << 20}, from = {p->memory + at, 1 << 20};
-		if (process_vm_readv(p->pid, &to, 1, &from, 1, 0) != 1 << 20 || pwrite(p->fd, buffer, 1 << 20, at) != 1 << 20)
+		if (process_vm_readv(p->pid, &to, 1, &from, 1, 0) != 1 << 20 || pwrite(p->fd, buffer, 1 << 20, at - p->start) != 1 << 20)
 			die("copy");
 	}
 	munmap(buffer, 1 << 20);
@@ -213,6 +214,8 @@ static double both(void *(*work)(void *), struct part part, size_t size, int nr_
 	double start = now();
 	for (int i = 0; i < nr_threads; i++) {
 		parts[i] = part;
+		if (i && part.second_fd)
+			parts[i].fd = part.second_fd;
 		parts[i].start = size / nr_threads * i;
 		parts[i].end = size / nr_threads * (i + 1);
 		pthread_create(&threads[i], NULL, work, &parts[i]);
@@ -283,10 +286,14 @@ int main(int argc, char **argv)
 		wait_done(done);
 		for (int r = -1; r < rounds; r++) {
 			wait_for_turn(r, size, 0);
-			int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
-			double took = both(copy_part, (struct part){.pid = pid, .fd = fd, .memory = memory}, size, 2);
-			close(fd);
-			unlink(path);
+			int fds[2];
+			for (int i = 0; i < 2; i++) { // each is gone when it is closed
+				fds[i] = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+				unlink(path);
+			}
+			double took = both(copy_part, (struct part){.pid = pid, .fd = fds[0], .second_fd = fds[1], .memory = memory}, size, 2);
+			close(fds[0]);
+			close(fds[1]);
 			if (r >= 0)
 				printf("%.0f\n", took);
 		}
