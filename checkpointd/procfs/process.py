@@ -155,9 +155,14 @@ def boot_id() -> str:
 def cgroups(pid: int) -> tuple[str, ...]:
     """`controllers:path` of each hierarchy it is in below the root, sorted; of version 2 no controllers are named.
 
-    As seen from our own cgroup namespace.  Source: cgroups(7).
+    As seen from our own cgroup namespace; none where the kernel has no cgroups.  Source: cgroups(7).
     """
-    lines = slurp(f"/proc/{pid}/cgroup").decode(errors="backslashreplace").splitlines()
+    try:
+        lines = slurp(f"/proc/{pid}/cgroup").decode(errors="backslashreplace").splitlines()
+    except FileNotFoundError:
+        if os.path.exists(f"/proc/{pid}"):
+            return ()
+        raise
     found = [line.partition(":")[2] for line in lines]
     return tuple(sorted(one for one in found if not one.endswith(":/")))
 

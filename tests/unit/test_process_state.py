@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass, field
 from typing import cast
@@ -129,6 +130,22 @@ def test_timers_are_parsed_in_order_of_id() -> None:
 def test_limits_are_parsed() -> None:
     unlimited = (1 << 64) - 1
     assert parse_limits(LIMITS)[2:] == (Limit(2, 1000, unlimited), Limit(3, 8388608, unlimited))
+
+
+def test_cgroups_below_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = b"9:name=systemd:/\n4:memory:/a:b\n2:cpu,cpuacct:/x\n0::/user.slice/\xff\n"
+    monkeypatch.setattr(process, "slurp", lambda path: text)
+    assert process.cgroups(7) == (":/user.slice/\\xff", "cpu,cpuacct:/x", "memory:/a:b")
+
+
+def test_a_kernel_without_cgroups_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slurp(path: str) -> bytes:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(process, "slurp", slurp)
+    assert process.cgroups(os.getpid()) == ()
+    with pytest.raises(FileNotFoundError):
+        process.cgroups(1 << 30)
 
 
 def test_itimerval_of_a_running_timer_is_never_zero() -> None:
