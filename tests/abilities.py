@@ -133,6 +133,36 @@ def _realtime() -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
+def cgroup_base() -> Path:
+    """Where a cgroup can be made: of version 2, or of the hierarchy of version 1 that counts processes.
+
+    Raises:
+        FileNotFoundError: nowhere.
+    """
+    for base in (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids")):
+        if (base / "cgroup.procs").exists():
+            return base
+    raise FileNotFoundError("no cgroups are mounted")
+
+
+def _cgroup() -> bool:
+    """A cgroup can be made, and takes a process."""
+    made = cgroup_base() / f"checkpointd-probe-{os.getpid()}"
+    made.mkdir()
+    child = os.fork()
+    if child == 0:
+        try:
+            (made / "cgroup.procs").write_text(str(os.getpid()))
+            Path(cgroup_base(), "cgroup.procs").write_text(str(os.getpid()))
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    try:
+        return os.waitpid(child, 0)[1] == 0
+    finally:
+        made.rmdir()
+
+
 def _memfd_secret() -> bool:
     os.close(_syscall(447, 0))
     return True
@@ -300,6 +330,7 @@ ABILITIES: dict[str, Callable[[], bool]] = {
     "realtime": _realtime,
     "c_xxh3": _c_xxh3,
     "memfd_secret": _memfd_secret,
+    "cgroup": _cgroup,
     "tcp_md5": _tcp_md5,
     "uffd_wp": _uffd_wp,
     "holes_are_written": _holes_are_written,

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from checkpointd.linux import capability as cap
 from checkpointd.procfs.process import autogroup, cgroups, read_stat
+from tests.abilities import cgroup_base
 from tests.programs.python_program import PROGRAM, Program
 from tests.programs.restore_harness import capture, kill_and_reap, restore, wait_gone
 
@@ -80,17 +82,9 @@ def test_session_outside_of_the_pid_namespace_becomes_its_own(program: Program) 
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """A cgroup of our own, of version 2 or of a hierarchy of version 1."""
-    for base in (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids")):
-        if (base / "cgroup.procs").exists():
-            break
-    else:
-        pytest.skip("no cgroups here")
-    made = base / f"checkpointd-test-{os.getpid()}"
-    try:
-        made.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup can be made: {error.strerror}")
+    """A cgroup of our own."""
+    made = cgroup_base() / f"checkpointd-test-{os.getpid()}"
+    made.mkdir()
     yield made
     deadline = time.monotonic() + 30
     while (made / "cgroup.procs").read_text():
@@ -99,12 +93,10 @@ def cgroup() -> Iterator[Path]:
     made.rmdir()
 
 
+@pytest.mark.needs("cgroup")
 def test_another_cgroup_is_told(program: Program, cgroup: Path) -> None:
     """It is restored into ours; from another directory nobody knows what limits and freezers it had."""
-    try:
-        (cgroup / "cgroup.procs").write_text(str(program.pid))
-    except OSError as error:
-        pytest.skip(f"the cgroup takes no process: {error.strerror}")
+    (cgroup / "cgroup.procs").write_text(str(program.pid))
     captured = capture(program.pid, kill=True)
     program.kill()
     assert [one for one in captured.state.process.host.cgroups if one.endswith(f"/{cgroup.name}")]
@@ -112,6 +104,15 @@ def test_another_cgroup_is_told(program: Program, cgroup: Path) -> None:
     (told,) = [warning for warning in restored.warnings if "cgroup" in warning]
     assert f"/{cgroup.name} and runs in " in told
     assert str(restored.pid) not in (cgroup / "cgroup.procs").read_text().split()
+
+
+def test_a_cgroup_of_another_host_is_told(program: Program) -> None:
+    """Whether cgroups can be made here or not."""
+    captured = capture(program.pid, kill=True)
+    program.kill()
+    host = replace(captured.state.process.host, cgroups=(":/theirs", "memory:/more"))
+    (told,) = [one for one in restore(captured.changed(host=host)).warnings if "cgroup" in one]
+    assert told.startswith("it ran in cgroup /theirs, memory:/more and runs in ")
 
 
 def test_the_cgroup_it_was_in_is_not_told(program: Program) -> None:
