@@ -379,8 +379,9 @@ class PageServer:
             given_up = True
             wait(taking)  # what still runs writes into the buffer
         # one that met a builder another one had broken may come first: the cause is what the user needs
-        if failed:
-            raise next((error for error in failed if isinstance(error, CheckpointError)), failed[0])
+        causes = [error for error in failed if error.__cause__ not in failed]
+        if causes:
+            raise next((error for error in causes if isinstance(error, CheckpointError)), causes[0])
 
 
 def _guard(agent_pidfd: int, agent_pid: int, writing: threading.Event) -> None:

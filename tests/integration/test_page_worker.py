@@ -117,7 +117,8 @@ def test_the_parent_is_not_read_while_the_target_stands_still(request_of, tmp_pa
         assert np.array_equal(image.read(OBJECT, image.pages(OBJECT)).reshape(-1), content)
 
 
-def test_of_two_failures_the_cause_is_told():
+@pytest.mark.parametrize("cause", [NoSpace("no space left"), MemoryError("no memory left")])
+def test_of_two_failures_the_cause_is_told(cause):
     """A thread that meets a builder another one has just broken may be the first to fail."""
     begun, broken = threading.Event(), threading.Event()
 
@@ -125,14 +126,14 @@ def test_of_two_failures_the_cause_is_told():
         if job == "disk":
             begun.set()
             broken.wait(30)
-            raise NoSpace("no space left")
+            raise cause
         assert begun.wait(30)
         threading.Timer(0.1, broken.set).start()
-        raise ValueError("the image cannot be finished: an earlier step failed")
+        raise ValueError("the image cannot be finished: an earlier step failed") from cause
 
     ours, theirs = socket.socketpair()
     server = PageServer(Connection(ours.detach()), 1 << 20)
-    with theirs, pytest.raises(NoSpace):
+    with theirs, pytest.raises(type(cause)):
         server._each(work, ["later", "disk"], 2, 0.02)
 
 
